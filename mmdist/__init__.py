@@ -1,0 +1,1 @@
+"""mmdist: a tensor-parallel launcher and inference engine for multimodal language models."""

@@ -1,0 +1,80 @@
+"""The few things that accelerators and the CPU do differently: device, collectives, threads, memory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from mmdist.config import HardwareConfig, UserError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Backend:
+    device: torch.device
+    collectives: str  # torch.distributed's backend string; messages between ranks always travel over gloo
+
+    def synchronize(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def default_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """The dtype that dtype=auto stands for; CPUs have no fast float16 matrix product."""
+        return torch.bfloat16 if self.device.type == "cpu" and stored == torch.float16 else stored
+
+
+def find_device(hardware: HardwareConfig) -> str:
+    """auto -> cuda where torch sees a CUDA device, else cpu."""
+    available = torch.cuda.is_available()
+    if hardware.device == "cuda" and not available:
+        raise UserError(
+            f"hardware.device=cuda: torch {torch.__version__} sees no CUDA device; use hardware=cpu, or install a CUDA "
+            "build of torch and check CUDA_VISIBLE_DEVICES"
+        )
+    if hardware.device == "auto":
+        return "cuda" if available else "cpu"
+    return hardware.device
+
+
+def count_devices(device: str) -> int:
+    """Visible accelerators; a CPU with two or more cores counts as 2, so that the default job is a parallel one."""
+    return torch.cuda.device_count() if device == "cuda" else min(2, count_cores())
+
+
+def count_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def threads_per_rank(hardware: HardwareConfig, local_size: int) -> int:
+    """hardware.threads_per_rank, else OMP_NUM_THREADS, else the rank's share of the cores."""
+    if hardware.threads_per_rank is not None:
+        return hardware.threads_per_rank
+    user_set = os.environ.get("OMP_NUM_THREADS", "")
+    return int(user_set) if user_set.isdigit() else max(1, count_cores() // local_size)
+
+
+def init_backend(hardware: HardwareConfig, *, local_rank: int, local_size: int) -> Backend:
+    """Take this rank's device and its share of the CPU threads."""
+    device = find_device(hardware)
+    torch.set_num_threads(threads_per_rank(hardware, local_size))
+    if device == "cpu":
+        return Backend(torch.device("cpu"), "gloo")
+    visible = torch.cuda.device_count()
+    if local_rank >= visible:
+        raise UserError(f"world_size: local rank {local_rank} has no device, {visible} visible; lower world_size")
+    torch.cuda.set_device(local_rank)
+    return Backend(torch.device(device, local_rank), "cpu:gloo,cuda:nccl")
+
+
+def memory_per_rank(hardware: HardwareConfig, device: str, world_size: int) -> int:
+    """Bytes one rank may use: an accelerator's memory, or its share of the host's, times memory_utilization."""
+    if hardware.memory_gib is not None:
+        total = int(hardware.memory_gib * GIB)
+    elif device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(total * hardware.memory_utilization) // (world_size if device == "cpu" else 1)

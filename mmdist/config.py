@@ -1,0 +1,175 @@
+"""Every key a user can set: its type, default and one line of help; checked once, at the door.
+
+The yaml files in conf/ choose among these; `python launch.py --help` prints them. Standard library only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")
+FREE_TEXT_KEYS = ("prompt", "image", "input", "output", "checkpoint", "output_dir", "model.chat_template")
+
+
+class UserError(ValueError):
+    """A mistake of the user: shown as one line without a traceback, exit code 2."""
+
+
+def key(default: Any, help: str) -> Any:
+    """A config key with its default and the line that --help prints for it."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def group(kind: type, help: str) -> Any:
+    return field(default_factory=kind, metadata={"help": help})
+
+
+def require(condition: bool, name: str, value: object, legal: str) -> None:
+    if not condition:
+        raise UserError(f"{name}={value}: expected {legal}")
+
+
+@dataclass
+class ModelConfig:
+    name: str = key("", "the family: a file in mmdist/models and a yaml in conf/model")
+    chat_template: str | None = key(None, "a jinja file that replaces the checkpoint's own chat template")
+    demo_checkpoint: str | None = key(None, "the checkpoint shipped with this repository, used when checkpoint= is not given")
+    demo_image: str | None = key(None, "the picture shown when neither checkpoint, image nor prompt is given")
+    demo_prompt: str | None = key(None, "the question asked then")
+
+
+@dataclass
+class HardwareConfig:
+    device: str = key("auto", "auto (accelerators if there are any), cpu or cuda")
+    memory_gib: float | None = key(None, "memory of one accelerator, or of the whole host for cpu; default: asked from the machine")
+    memory_utilization: float = key(0.9, "share of that memory the job may use")
+    threads_per_rank: int | None = key(None, "CPU threads of a rank; default: OMP_NUM_THREADS, else its share of the cores")
+
+    def __post_init__(self) -> None:
+        require(self.device in DEVICES, "hardware.device", self.device, "|".join(DEVICES))
+        require(0 < self.memory_utilization <= 1, "hardware.memory_utilization", self.memory_utilization, "above 0, at most 1")
+        require(self.memory_gib is None or self.memory_gib > 0, "hardware.memory_gib", self.memory_gib, "above 0")
+        require(
+            self.threads_per_rank is None or self.threads_per_rank > 0,
+            "hardware.threads_per_rank",
+            self.threads_per_rank,
+            "above 0",
+        )
+
+
+@dataclass
+class EngineConfig:
+    max_model_len: int | None = key(None, "most tokens of prompt plus answer; default: the model's own limit, at most 4096")
+    max_num_seqs: int = key(8, "most requests computed at once")
+    max_num_batched_tokens: int = key(2048, "most tokens in one step; longer prompts are prefilled in chunks")
+    block_size: int = key(16, "tokens in one block of the paged KV cache")
+    num_blocks: int | None = key(None, "blocks of the KV cache; default: max_num_seqs times max_model_len; fewer means preemption")
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_blocks"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"engine.{name}", value, "a whole number above 0")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise UserError(
+                f"engine.max_num_batched_tokens={self.max_num_batched_tokens} is below engine.max_num_seqs="
+                f"{self.max_num_seqs}: each running request needs one token a step; raise the first or lower the second"
+            )
+
+
+@dataclass
+class LauncherConfig:
+    master_port: int | None = key(None, "port of the ranks' meeting point; default: MASTER_PORT, else the first free of 20030-20050")
+    timeout_s: int = key(1800, "seconds after which a collective that makes no progress ends the job")
+
+    def __post_init__(self) -> None:
+        port = self.master_port
+        require(port is None or 0 < port < 65536, "launcher.master_port", port, "1 to 65535")
+        require(self.timeout_s > 0, "launcher.timeout_s", self.timeout_s, "a whole number above 0")
+
+
+@dataclass
+class SamplingParams:
+    """How the next token is chosen; the names are vLLM's. Usable in a request and on the command line."""
+
+    max_new_tokens: int = key(256, "most tokens of an answer")
+    temperature: float = key(0.0, "0 is greedy; above, the logits are divided by it before sampling")
+    top_p: float = key(1.0, "sample among the likeliest tokens that hold this share of the probability")
+    top_k: int = key(0, "sample among this many likeliest tokens; 0 or -1: all")
+    repetition_penalty: float = key(1.0, "above 1: tokens of prompt and answer become less likely")
+    seed: int | None = key(None, "seed of this request's own random numbers; default: drawn anew")
+    stop: list[str] = key([], "the answer ends before the first of these texts")
+    ignore_eos: bool = key(False, "go on after the end-of-sequence token")
+    logprobs: int | None = key(None, "report each token's log probability and this many best alternatives")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            self.stop = [self.stop]
+        require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "a whole number above 0")
+        require(self.temperature >= 0, "temperature", self.temperature, "0 or above")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1")
+        require(self.top_k >= -1, "top_k", self.top_k, "-1, 0 or above")
+        require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0")
+        require(all(self.stop), "stop", self.stop, "texts of at least one character")
+        require(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "0 or above")
+
+
+SAMPLING_KEYS = tuple(f.name for f in fields(SamplingParams))
+
+
+@dataclass
+class Config:
+    """The keys of every task; each task adds its own in a subclass."""
+
+    task: str = key("", "what to do: a file in mmdist/tasks and a yaml in conf/task")
+    world_size: int | str = key("auto", "ranks; auto: the visible accelerators rounded down to a legal size, 2 on a CPU")
+    checkpoint: str | None = key(None, "folder with config.json and safetensors, or one made by weights_tools split")
+    dtype: str = key("auto", "auto (the checkpoint's; float16 becomes bfloat16 on a CPU), float32, float16 or bfloat16")
+    output_dir: str | None = key(None, "the job's folder, made by rank 0; default: outputs/DATE/TIME")
+    model: ModelConfig = group(ModelConfig, "the model family")
+    hardware: HardwareConfig = group(HardwareConfig, "where it runs")
+    engine: EngineConfig = group(EngineConfig, "batching and the KV cache")
+    launcher: LauncherConfig = group(LauncherConfig, "how the ranks are started")
+
+    def __post_init__(self) -> None:
+        size = self.world_size
+        require(size == "auto" or (isinstance(size, int) and size > 0), "world_size", size, "auto or a whole number above 0")
+        require(self.dtype in DTYPES, "dtype", self.dtype, "|".join(DTYPES))
+
+
+@dataclass
+class ChatConfig(SamplingParams, Config):
+    image: str | None = key(None, "a picture")
+    prompt: str | None = key(None, "a question; without one, and with a terminal, a conversation starts")
+
+    def __post_init__(self) -> None:
+        Config.__post_init__(self)
+        SamplingParams.__post_init__(self)
+
+
+@dataclass
+class GenerateConfig(SamplingParams, Config):
+    input: str | None = key(None, "a file of requests (one JSON object a line), or a folder of pictures (then with prompt=)")
+    output: str | None = key(None, "the file of answers, one JSON object a line; default: answers.jsonl in the job's folder")
+    prompt: str | None = key(None, "the question asked about every picture of a folder")
+
+    def __post_init__(self) -> None:
+        Config.__post_init__(self)
+        SamplingParams.__post_init__(self)
+        require(self.input is not None, "input", None, "a requests.jsonl or a folder of pictures: input=FILE")
+
+
+@dataclass
+class PlanConfig(Config):
+    format: str = key("table", "table for people, json for programs")
+
+    def __post_init__(self) -> None:
+        Config.__post_init__(self)
+        require(self.format in ("table", "json"), "format", self.format, "table|json")
+
+
+# The schema of each task, by the name of its yaml and of its file.
+TASKS: dict[str, type[Config]] = {"chat": ChatConfig, "generate": GenerateConfig, "plan": PlanConfig}

@@ -1,0 +1,1 @@
+"""The hot operations, one file a device family; `plain` is always there."""

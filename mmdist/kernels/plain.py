@@ -1,0 +1,76 @@
+"""The hot operations in plain torch: always there, and the reference for any faster kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from mmdist.config import UserError
+
+# By transformers' names (transformers.activations.ACT2FN).
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def find_activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    if name not in ACTIVATIONS:
+        raise UserError(f"activation {name} in config.json: expected {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """(..., hidden) -> (..., hidden); the mean square is taken in float32."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate (tokens, heads, head_dim) by (tokens, 1, head_dim); dimension i pairs with i + head_dim / 2."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def causal_mask(query_len: int, context_len: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """(query, context) bool: the last `query_len` positions see themselves and what came before, within `window`."""
+    query = torch.arange(context_len - query_len, context_len, device=device)[:, None]
+    context = torch.arange(context_len, device=device)
+    seen = context <= query
+    return seen if window is None else seen & (context > query - window)
+
+
+def prefill_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, window: int | None
+) -> torch.Tensor:
+    """One sequence: q (query, heads, head_dim) over k, v (context, kv_heads, head_dim) -> q's shape.
+
+    The queries are the last positions of the context.
+    """
+    query_len, context_len = q.shape[0], k.shape[0]
+    whole = query_len == context_len and (window is None or context_len <= window)
+    mask = None if whole else causal_mask(query_len, context_len, window, q.device)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=whole, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)
+
+
+def decode_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, *, scale: float
+) -> torch.Tensor:
+    """One query a sequence: q (batch, heads, head_dim), k, v (batch, context, kv_heads, head_dim) -> q's shape.
+
+    mask: (batch, 1, 1, context) bool where contexts differ in length. Query heads that share a KV head go in as
+    rows of one product, so KV heads are never repeated.
+    """
+    batch, heads, head_dim = q.shape
+    grouped = q.view(batch, k.shape[2], -1, head_dim)
+    out = F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), mask, scale=scale)
+    return out.reshape(batch, heads, head_dim)

@@ -1,0 +1,63 @@
+"""Self-attention cut by heads; the KV cache it is handed stores, looks up and attends."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from mmdist.kernels import plain
+from mmdist.layers.linear import ColumnParallelLinear, RowParallelLinear
+from mmdist.plan import Piece
+from mmdist.tp import TP
+
+
+class AttentionCache(Protocol):
+    """What a layer needs of the KV cache for one step."""
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """Store k, v (tokens, kv_heads, head_dim); q (tokens, heads, head_dim) -> the same shape."""
+        ...
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions: (tokens, hidden) -> (tokens, hidden)."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        tp: TP,
+        *,
+        layer: int,
+        bias: bool = False,
+        window: int | None = None,
+    ):
+        super().__init__()
+        self.layer, self.head_dim, self.window = layer, head_dim, window
+        self.scale = head_dim**-0.5
+        tp.divide(num_heads, "num_attention_heads")
+        # KV heads cannot be cut below one, so `copies` neighbouring ranks hold the same head.
+        copies = tp.size // num_kv_heads if tp.size % num_kv_heads == 0 else 1
+        TP(size=tp.size // copies).divide(num_kv_heads, "num_key_value_heads")
+        pieces = [
+            Piece(num_heads * head_dim, "q_proj"),
+            Piece(num_kv_heads * head_dim, "k_proj", copies),
+            Piece(num_kv_heads * head_dim, "v_proj", copies),
+        ]
+        self.qkv_proj = ColumnParallelLinear(hidden_size, pieces, tp, bias=bias)
+        self.o_proj = RowParallelLinear(num_heads * head_dim, hidden_size, tp, bias=bias)
+
+    def forward(
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], cache: AttentionCache
+    ) -> torch.Tensor:
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split([size // self.head_dim for size in self.qkv_proj.local_sizes], dim=1)
+        q, k = plain.apply_rope(q, *rope), plain.apply_rope(k, *rope)
+        out = cache.attend(self.layer, q, k, v, scale=self.scale, window=self.window)
+        return self.o_proj(out.flatten(1))

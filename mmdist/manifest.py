@@ -1,0 +1,69 @@
+"""manifest.json: what a folder written by `weights_tools split` holds, and the proof for every part."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mmdist.config import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Part:
+    """One rank's part of one tensor. ranges: [first, last) rows along the tensor's dim, one a piece."""
+
+    rank: int
+    ranges: list[list[int]]
+    shape: list[int]
+    sha256: str
+
+
+@dataclass
+class TensorEntry:
+    """name: as in the source file. dtype: safetensors' word (F16, BF16, ...). dim: None where it is not cut."""
+
+    name: str
+    source_file: str
+    source_sha256: str
+    dtype: str
+    shape: list[int]
+    placement: str
+    dim: int | None
+    parts: list[Part]
+
+
+@dataclass
+class Manifest:
+    format_version: int
+    model: str
+    world_size: int
+    source: str
+    tensors: list[TensorEntry]
+
+
+def part_file(rank: int, world_size: int) -> str:
+    return f"model-rank-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def save_manifest(manifest: Manifest, folder: Path) -> None:
+    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+
+
+def load_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    try:
+        raw = json.loads(path.read_text())
+        if raw["format_version"] != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format_version {raw['format_version']}, this mmdist reads {FORMAT_VERSION}; run weights_tools split again"
+            )
+        tensors = [
+            TensorEntry(**{**entry, "parts": [Part(**part) for part in entry["parts"]]}) for entry in raw.pop("tensors")
+        ]
+        return Manifest(**raw, tensors=tensors)
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a manifest of weights_tools split ({error!r}); run weights_tools split again") from error

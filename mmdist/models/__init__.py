@@ -1,0 +1,1 @@
+"""One file a model family; its name is the name of its yaml in conf/model."""

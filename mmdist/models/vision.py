@@ -1,0 +1,78 @@
+"""Vision towers of transformers, run as far as a model looks at them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers  # classes are looked up when used: importing them here would triple the start-up time
+from torch import nn
+
+from mmdist.kernels.plain import find_activation
+
+# Tiles of one forward pass of the tower: bounds its memory when a request has many pictures.
+MAX_TILES = 16
+
+
+class ClipTower(nn.Module):
+    """CLIP's vision tower; all its parameters are there, the layers behind the last one asked for do not run."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.model = transformers.CLIPVisionModel(config)
+
+    def init_buffers(self, device: torch.device) -> None:
+        embeddings = self.model.embeddings
+        embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
+
+    def forward(self, pixel_values: torch.Tensor, layers: list[int]) -> torch.Tensor:
+        """(tiles, 3, size, size) -> (tiles, 1 + patches, hidden * len(layers)).
+
+        Layer i is transformers' hidden_states[i]: 0 the embeddings, negative ones counted from the end.
+        """
+        wanted = [layer % (len(self.model.encoder.layers) + 1) for layer in layers]
+        states = [self.model.pre_layrnorm(self.model.embeddings(pixel_values))]
+        for layer in self.model.encoder.layers[: max(wanted)]:
+            states.append(layer(states[-1], attention_mask=None))
+        return torch.cat([states[i] for i in wanted], dim=-1)
+
+
+class Projector(nn.Module):
+    """Two linear layers from the tower's width to the decoder's."""
+
+    def __init__(self, in_features: int, hidden_size: int, activation: str, bias: bool):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_features, hidden_size, bias=bias)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.activation = find_activation(activation)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.activation(self.linear_1(x)))
+
+
+class ClipEncoder(nn.Module):
+    """Tower and projector of the LLaVA family; on rank 0 alone."""
+
+    rank_zero_only = True
+
+    def __init__(self, config: Any):
+        super().__init__()
+        layers = config.vision_feature_layer
+        self.layers = [layers] if isinstance(layers, int) else list(layers)
+        self.drop_class_token = config.vision_feature_select_strategy == "default"
+        hidden_size = config.text_config.hidden_size
+        self.tower = ClipTower(config.vision_config)
+        self.projector = Projector(
+            config.vision_config.hidden_size * len(self.layers),
+            hidden_size,
+            config.projector_hidden_act,
+            config.multimodal_projector_bias,
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(tiles, 3, size, size) -> (tiles, patches, decoder hidden)."""
+        return torch.cat([self.encode(tiles) for tiles in pixel_values.split(MAX_TILES)])
+
+    def encode(self, tiles: torch.Tensor) -> torch.Tensor:
+        states = self.tower(tiles, self.layers)
+        return self.projector(states[:, 1:] if self.drop_class_token else states)

@@ -1,0 +1,228 @@
+"""Read a checkpoint's safetensors by plan: only this rank's slices, one tensor at a time.
+
+A checkpoint is a Hugging Face folder (single file, or shards with an index) or a folder written by
+`weights_tools split`. Names are brought to ours by the family's rename table; missing or unused names are refused.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from tqdm import tqdm
+
+from mmdist.config import UserError
+from mmdist.manifest import MANIFEST, TensorEntry, load_manifest, part_file
+from mmdist.plan import Placement, Plan
+from mmdist.tp import TP
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# safetensors' words for dtypes (https://github.com/huggingface/safetensors, format section)
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+# Prefixes as a checkpoint has them -> ours. The longest that fits is taken.
+Renames = dict[str, str]
+
+
+def rename(stored: str, renames: Renames) -> str:
+    """language_model.model.norm.weight -> decoder.norm.weight"""
+    for prefix in sorted(renames, key=len, reverse=True):
+        if stored.startswith(prefix):
+            return renames[prefix] + stored[len(prefix) :]
+    return stored
+
+
+def open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing, although the checkpoint's index or manifest names it; copy it again") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: truncated or not a safetensors file ({error}); copy it again") from error
+
+
+class Checkpoint:
+    """A folder of whole tensors. `names`: our name -> the name in its file."""
+
+    def __init__(self, folder: Path, renames: Renames, ignored: Sequence[str] = ()):
+        self.folder = folder
+        self.files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self.names: dict[str, str] = {}
+        self.ignored: list[str] = []
+        for path in find_files(folder):
+            self._read_header(path, renames, ignored)
+
+    def _read_header(self, path: Path, renames: Renames, ignored: Sequence[str]) -> None:
+        with open_safetensors(path) as file:
+            for stored in file.keys():
+                if any(fnmatch.fnmatchcase(stored, pattern) for pattern in ignored):
+                    self.ignored.append(stored)
+                    continue
+                name = rename(stored, renames)
+                if name in self.files:
+                    raise UserError(
+                        f"{self.folder}: {name} is in {self.files[name].name} and in {path.name}; keep one of the two files"
+                    )
+                tensor = file.get_slice(stored)
+                self.files[name], self.names[name] = path, stored
+                self.shapes[name], self.dtypes[name] = tuple(tensor.get_shape()), tensor.get_dtype()
+
+    def check(self, plan: Plan, arch: str) -> None:
+        """Refuse missing, unused and misshapen tensors before anything is loaded."""
+        missing, unused = plan.keys() - self.files.keys(), self.files.keys() - plan.keys()
+        if missing or unused:
+            stored_unused = min((self.names[name] for name in unused), default="-")
+            raise UserError(
+                f"{self.folder}: {len(missing)} tensors of {arch} missing (first: {min(missing, default='-')}), "
+                f"{len(unused)} not used by it (first: {stored_unused}); "
+                f"run: weights_tools inspect {self.folder}"
+            )
+        for name, placement in plan.items():
+            if self.shapes[name] != placement.shape:
+                raise UserError(
+                    f"{self.files[name]}: {self.names[name]} has shape {list(self.shapes[name])}, config.json asks for "
+                    f"{list(placement.shape)}; the weights and the config are of different models"
+                )
+
+    def dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self.dtypes[name]]
+
+    def read(self, placement: Placement, tp: TP) -> torch.Tensor:
+        """This rank's part of the stored tensor, without padding.
+
+        The result may be a view of the mapped file, so copy it and let it go: opening anew for each tensor keeps
+        no more than one tensor's pages in memory.
+        """
+        with open_safetensors(self.files[placement.name]) as file:
+            stored = file.get_slice(self.names[placement.name])
+            if placement.dim is None:
+                return stored[...]
+            before = (slice(None),) * placement.dim
+            parts = [stored[(*before, slice(first, last))] for first, last in placement.ranges(tp)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, placement.dim)
+
+
+class SplitCheckpoint(Checkpoint):
+    """One rank's part of a folder written by `weights_tools split`; every part is checked against its hash."""
+
+    def __init__(self, folder: Path, renames: Renames, tp: TP):
+        self.manifest = load_manifest(folder)
+        if self.manifest.world_size != tp.size:
+            raise UserError(
+                f"{folder}: split for world_size={self.manifest.world_size}, asked for {tp.size}; use world_size="
+                f"{self.manifest.world_size}, or run: weights_tools split {self.manifest.model} --ranks {tp.size} "
+                f"--src {self.manifest.source} --dst NEW_FOLDER"
+            )
+        self.folder, self.rank = folder, tp.rank
+        self.path = folder / part_file(tp.rank, tp.size)
+        self.entries = {rename(entry.name, renames): entry for entry in self.manifest.tensors}
+        self.names = {name: entry.name for name, entry in self.entries.items()}
+        self.files = dict.fromkeys(self.entries, self.path)
+        self.shapes = {name: tuple(entry.shape) for name, entry in self.entries.items()}
+        self.dtypes = {name: entry.dtype for name, entry in self.entries.items()}
+        for rank in range(tp.size):
+            if not (folder / part_file(rank, tp.size)).exists():
+                raise UserError(f"{folder / part_file(rank, tp.size)}: missing; run weights_tools split again")
+
+    def check(self, plan: Plan, arch: str) -> None:
+        super().check(plan, arch)
+        with open_safetensors(self.path) as file:
+            there = set(file.keys())
+        for entry in self.entries.values():
+            if any(part.rank == self.rank for part in entry.parts) and entry.name not in there:
+                raise UserError(f"{self.path}: {entry.name} is missing; run weights_tools split again")
+
+    def read(self, placement: Placement, tp: TP) -> torch.Tensor:
+        entry = self.entries[placement.name]
+        (part,) = (part for part in entry.parts if part.rank == tp.rank)
+        with open_safetensors(self.path) as file:
+            tensor = file.get_tensor(entry.name)
+        wanted = placement.part_shape(tp)
+        if tuple(tensor.shape) != wanted or [list(r) for r in placement.ranges(tp)] != part.ranges:
+            raise UserError(
+                f"{self.path}: {entry.name} has shape {list(tensor.shape)}, rows {part.ranges}; this mmdist cuts it to "
+                f"{list(wanted)}, rows {placement.ranges(tp)}; run weights_tools split again"
+            )
+        if sha256(tensor) != part.sha256:
+            raise UserError(f"{self.path}: {entry.name} is damaged (its sha256 is not the manifest's); copy or split again")
+        return tensor
+
+
+def sha256(tensor: torch.Tensor) -> str:
+    """Hash of the tensor's bytes in row-major order."""
+    flat = tensor.contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(flat.numpy()).hexdigest()
+
+
+def find_files(folder: Path) -> list[Path]:
+    """The safetensors files of a Hugging Face folder, in the order of their names."""
+    if (folder / INDEX).exists():
+        try:
+            weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise UserError(f"{folder / INDEX}: not a safetensors index ({error!r}); copy it again") from error
+        return [folder / name for name in sorted(set(weight_map.values()))]
+    files = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: config.json but no *.safetensors: the weights are missing; copy them into this folder")
+    return files
+
+
+def open_checkpoint(folder: Path, renames: Renames, ignored: Sequence[str], tp: TP) -> Checkpoint:
+    if (folder / MANIFEST).exists():
+        return SplitCheckpoint(folder, renames, tp)
+    return Checkpoint(folder, renames, ignored)
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, plan: Plan, tp: TP, device: torch.device) -> int:
+    """Fill a model built on meta with this rank's part of the checkpoint; returns the bytes read.
+
+    Parameters that live on rank 0 alone stay on meta elsewhere and take no memory.
+    """
+    params = dict(model.named_parameters())
+    bytes_read = 0
+    mine = sorted((p for p in plan.values() if p.held_by(tp)), key=lambda p: (checkpoint.files[p.name], p.name))
+    for placement in with_progress(mine, show=tp.rank == 0):
+        target = params[placement.param]
+        if target.is_meta:
+            target = nn.Parameter(torch.zeros_like(target, device=device), requires_grad=False)
+            params[placement.param] = target
+            assign(model, placement.param, target)
+        part = checkpoint.read(placement, tp)
+        bytes_read += part.nbytes
+        if placement.dim is not None:  # padding behind the part stays zero
+            target = target.narrow(placement.dim, placement.offset, part.shape[placement.dim])
+        target.copy_(part)
+        del part
+    for module in model.modules():
+        if hasattr(module, "init_buffers"):
+            module.init_buffers(device)
+    return bytes_read
+
+
+def assign(model: nn.Module, name: str, param: nn.Parameter) -> None:
+    """Replace a parameter everywhere it is used, tied weights included."""
+    module_name, _, leaf = name.rpartition(".")
+    old = getattr(model.get_submodule(module_name), leaf)
+    for module in model.modules():
+        for own_name, own in module.named_parameters(recurse=False):
+            if own is old:
+                setattr(module, own_name, param)
+
+
+def with_progress(placements: list[Placement], show: bool) -> Iterator[Placement]:
+    return iter(tqdm(placements, desc="loading weights", unit="tensor", disable=not (show and sys.stderr.isatty())))
