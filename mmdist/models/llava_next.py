@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers  # classes are looked up when used: importing them here would triple the start-up time
 from torch import nn
-from transformers.models.llava_next import modeling_llava_next as reference
+from transformers.models import llava_next as reference
 
 from mmdist.config import ModelConfig, UserError
 from mmdist.models.base import MultimodalModel, Processor, Prompt
@@ -57,7 +57,7 @@ class LlavaNext(MultimodalModel):
     def encode_images(self, vision: dict[str, torch.Tensor]) -> torch.Tensor:
         """pixel_values (images, tiles, 3, size, size), image_sizes (images, 2) as (height, width) -> (tokens, hidden)."""
         sizes = vision["image_sizes"].tolist()
-        counts = [reference.image_size_to_num_patches(size, self.pinpoints, self.tile_size) for size in sizes]
+        counts = [reference.modeling_llava_next.image_size_to_num_patches(size, self.pinpoints, self.tile_size) for size in sizes]
         tiles = torch.cat([pixels[:count] for pixels, count in zip(vision["pixel_values"], counts, strict=True)])
         features = self.vision(tiles.to(self.vision.image_newline)).split(counts)
         return torch.cat([self.pack(feature, size) for feature, size in zip(features, sizes, strict=True)])
@@ -77,10 +77,10 @@ class LlavaNext(MultimodalModel):
         of patches ended by the newline vector (transformers 5.23, LlavaNextModel.pack_image_features).
         """
         base, grid = tiles[0], tiles[1:]
-        rows, columns = reference.get_anyres_image_grid_shape(image_size, self.pinpoints, self.tile_size)
+        rows, columns = reference.modeling_llava_next.get_anyres_image_grid_shape(image_size, self.pinpoints, self.tile_size)
         side = self.tile_size // self.config.vision_config.patch_size
         grid = grid.view(rows, columns, side, side, -1).permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)
-        grid = reference.unpad_image(grid, image_size)
+        grid = reference.modeling_llava_next.unpad_image(grid, image_size)
         newline = self.vision.image_newline[:, None, None].expand(-1, grid.shape[1], 1)
         return torch.cat((base, torch.cat((grid, newline), dim=-1).flatten(1).T))
 
