@@ -37,7 +37,9 @@ def require(condition: bool, name: str, value: object, legal: str) -> None:
 class ModelConfig:
     name: str = key("", "the family: a file in mmdist/models and a yaml in conf/model")
     chat_template: str | None = key(None, "a jinja file that replaces the checkpoint's own chat template")
-    demo_checkpoint: str | None = key(None, "the checkpoint shipped with this repository, used when checkpoint= is not given")
+    demo_checkpoint: str | None = key(
+        None, "the checkpoint shipped with this repository, used when checkpoint= is not given"
+    )
     demo_image: str | None = key(None, "the picture shown when neither checkpoint, image nor prompt is given")
     demo_prompt: str | None = key(None, "the question asked then")
 
@@ -45,13 +47,22 @@ class ModelConfig:
 @dataclass
 class HardwareConfig:
     device: str = key("auto", "auto (accelerators if there are any), cpu or cuda")
-    memory_gib: float | None = key(None, "memory of one accelerator, or of the whole host for cpu; default: asked from the machine")
+    memory_gib: float | None = key(
+        None, "memory of one accelerator, or of the whole host for cpu; default: asked from the machine"
+    )
     memory_utilization: float = key(0.9, "share of that memory the job may use")
-    threads_per_rank: int | None = key(None, "CPU threads of a rank; default: OMP_NUM_THREADS, else its share of the cores")
+    threads_per_rank: int | None = key(
+        None, "CPU threads of a rank; default: OMP_NUM_THREADS, else its share of the cores"
+    )
 
     def __post_init__(self) -> None:
         require(self.device in DEVICES, "hardware.device", self.device, "|".join(DEVICES))
-        require(0 < self.memory_utilization <= 1, "hardware.memory_utilization", self.memory_utilization, "above 0, at most 1")
+        require(
+            0 < self.memory_utilization <= 1,
+            "hardware.memory_utilization",
+            self.memory_utilization,
+            "above 0, at most 1",
+        )
         require(self.memory_gib is None or self.memory_gib > 0, "hardware.memory_gib", self.memory_gib, "above 0")
         require(
             self.threads_per_rank is None or self.threads_per_rank > 0,
@@ -63,11 +74,15 @@ class HardwareConfig:
 
 @dataclass
 class EngineConfig:
-    max_model_len: int | None = key(None, "most tokens of prompt plus answer; default: the model's own limit, at most 4096")
+    max_model_len: int | None = key(
+        None, "most tokens of prompt plus answer; default: the model's own limit, at most 4096"
+    )
     max_num_seqs: int = key(8, "most requests computed at once")
     max_num_batched_tokens: int = key(2048, "most tokens in one step; longer prompts are prefilled in chunks")
     block_size: int = key(16, "tokens in one block of the paged KV cache")
-    num_blocks: int | None = key(None, "blocks of the KV cache; default: max_num_seqs times max_model_len; fewer means preemption")
+    num_blocks: int | None = key(
+        None, "blocks of the KV cache; default: max_num_seqs times max_model_len; fewer means preemption"
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_blocks"):
@@ -82,7 +97,9 @@ class EngineConfig:
 
 @dataclass
 class LauncherConfig:
-    master_port: int | None = key(None, "port of the ranks' meeting point; default: MASTER_PORT, else the first free of 20030-20050")
+    master_port: int | None = key(
+        None, "port of the ranks' meeting point; default: MASTER_PORT, else the first free of 20030-20050"
+    )
     timeout_s: int = key(1800, "seconds after which a collective that makes no progress ends the job")
 
     def __post_init__(self) -> None:
@@ -125,7 +142,9 @@ class Config:
     """The keys of every task; each task adds its own in a subclass."""
 
     task: str = key("", "what to do: a file in mmdist/tasks and a yaml in conf/task")
-    world_size: int | str = key("auto", "ranks; auto: the visible accelerators rounded down to a legal size, 2 on a CPU")
+    world_size: int | str = key(
+        "auto", "ranks; auto: the visible accelerators rounded down to a legal size, 2 on a CPU"
+    )
     checkpoint: str | None = key(None, "folder with config.json and safetensors, or one made by weights_tools split")
     dtype: str = key("auto", "auto (the checkpoint's; float16 becomes bfloat16 on a CPU), float32, float16 or bfloat16")
     output_dir: str | None = key(None, "the job's folder, made by rank 0; default: outputs/DATE/TIME")
@@ -136,7 +155,9 @@ class Config:
 
     def __post_init__(self) -> None:
         size = self.world_size
-        require(size == "auto" or (isinstance(size, int) and size > 0), "world_size", size, "auto or a whole number above 0")
+        require(
+            size == "auto" or (isinstance(size, int) and size > 0), "world_size", size, "auto or a whole number above 0"
+        )
         require(self.dtype in DTYPES, "dtype", self.dtype, "|".join(DTYPES))
 
 
@@ -152,8 +173,12 @@ class ChatConfig(SamplingParams, Config):
 
 @dataclass
 class GenerateConfig(SamplingParams, Config):
-    input: str | None = key(None, "a file of requests (one JSON object a line), or a folder of pictures (then with prompt=)")
-    output: str | None = key(None, "the file of answers, one JSON object a line; default: answers.jsonl in the job's folder")
+    input: str | None = key(
+        None, "a file of requests (one JSON object a line), or a folder of pictures (then with prompt=)"
+    )
+    output: str | None = key(
+        None, "the file of answers, one JSON object a line; default: answers.jsonl in the job's folder"
+    )
     prompt: str | None = key(None, "the question asked about every picture of a folder")
 
     def __post_init__(self) -> None:

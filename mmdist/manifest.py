@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mmdist.config import UserError
 
@@ -53,17 +54,23 @@ def save_manifest(manifest: Manifest, folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
 
 
+def tensor_entry(raw: dict[str, Any]) -> TensorEntry:
+    """A TensorEntry from its JSON object."""
+    return TensorEntry(**{**raw, "parts": [Part(**part) for part in raw["parts"]]})
+
+
 def load_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         raw = json.loads(path.read_text())
         if raw["format_version"] != FORMAT_VERSION:
             raise UserError(
-                f"{path}: format_version {raw['format_version']}, this mmdist reads {FORMAT_VERSION}; run weights_tools split again"
+                f"{path}: format_version {raw['format_version']}, this mmdist reads {FORMAT_VERSION}; "
+                "run weights_tools split again"
             )
-        tensors = [
-            TensorEntry(**{**entry, "parts": [Part(**part) for part in entry["parts"]]}) for entry in raw.pop("tensors")
-        ]
+        tensors = [tensor_entry(entry) for entry in raw.pop("tensors")]
         return Manifest(**raw, tensors=tensors)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a manifest of weights_tools split ({error!r}); run weights_tools split again") from error
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not a manifest of weights_tools split ({error!r}); run weights_tools split again"
+        ) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -45,6 +46,13 @@ class Shard:
 
     dim: int
     pieces: tuple[Piece, ...]
+
+
+@runtime_checkable
+class Sharded(Protocol):
+    """A module that says how its own parameters are cut; those it does not name are whole on every rank."""
+
+    def shards(self) -> dict[str, Shard]: ...
 
 
 def on_rank_zero(module: nn.Module) -> bool:
@@ -107,7 +115,7 @@ def shard_plan(model: nn.Module, tp: TP) -> Plan:
     plan: Plan = {}
     seen: set[int] = set()
     for module_name, module, rank_zero_only in walk(model):
-        shards = module.shards() if hasattr(module, "shards") else {}
+        shards = module.shards() if isinstance(module, Sharded) else {}
         for name, param in module.named_parameters(recurse=False):
             if id(param) in seen:  # tied weights are stored once
                 continue
@@ -126,9 +134,7 @@ def walk(model: nn.Module, prefix: str = "", inherited: bool = False) -> Iterato
         yield from walk(child, f"{prefix}.{name}" if prefix else name, rank_zero_only)
 
 
-def place(
-    full_name: str, param: torch.Tensor, shard: Shard | None, rank_zero_only: bool, tp: TP
-) -> list[Placement]:
+def place(full_name: str, param: torch.Tensor, shard: Shard | None, rank_zero_only: bool, tp: TP) -> list[Placement]:
     """The stored tensors that fill one parameter: one, or one a piece where pieces are stored apart."""
     if shard is None:
         return [Placement(full_name, tuple(param.shape), full_name, rank_zero_only=rank_zero_only)]

@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mmdist.config import UserError
-from mmdist.manifest import MANIFEST, TensorEntry, load_manifest, part_file
+from mmdist.manifest import MANIFEST, load_manifest, part_file
 from mmdist.plan import Placement, Plan
 from mmdist.tp import TP
 
@@ -48,9 +48,18 @@ def open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError as error:
-        raise UserError(f"{path}: missing, although the checkpoint's index or manifest names it; copy it again") from error
+        raise UserError(
+            f"{path}: missing, although the checkpoint's index or manifest names it; copy it again"
+        ) from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: truncated or not a safetensors file ({error}); copy it again") from error
+
+
+@runtime_checkable
+class HasBuffers(Protocol):
+    """A module with values that no checkpoint stores; computed once, when the weights are there."""
+
+    def init_buffers(self, device: torch.device) -> None: ...
 
 
 class Checkpoint:
@@ -68,14 +77,15 @@ class Checkpoint:
 
     def _read_header(self, path: Path, renames: Renames, ignored: Sequence[str]) -> None:
         with open_safetensors(path) as file:
-            for stored in file.keys():
+            for stored in sorted(file.keys()):
                 if any(fnmatch.fnmatchcase(stored, pattern) for pattern in ignored):
                     self.ignored.append(stored)
                     continue
                 name = rename(stored, renames)
                 if name in self.files:
+                    first = self.files[name].name
                     raise UserError(
-                        f"{self.folder}: {name} is in {self.files[name].name} and in {path.name}; keep one of the two files"
+                        f"{self.folder}: {name} is in {first} and in {path.name}; keep one of the two files"
                     )
                 tensor = file.get_slice(stored)
                 self.files[name], self.names[name] = path, stored
@@ -114,6 +124,11 @@ class Checkpoint:
             before = (slice(None),) * placement.dim
             parts = [stored[(*before, slice(first, last))] for first, last in placement.ranges(tp)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, placement.dim)
+
+    def read_whole(self, name: str) -> torch.Tensor:
+        """The stored tensor as it is; a view of the mapped file, see read()."""
+        with open_safetensors(self.files[name]) as file:
+            return file.get_tensor(self.names[name])
 
 
 class SplitCheckpoint(Checkpoint):
@@ -158,14 +173,16 @@ class SplitCheckpoint(Checkpoint):
                 f"{list(wanted)}, rows {placement.ranges(tp)}; run weights_tools split again"
             )
         if sha256(tensor) != part.sha256:
-            raise UserError(f"{self.path}: {entry.name} is damaged (its sha256 is not the manifest's); copy or split again")
+            raise UserError(
+                f"{self.path}: {entry.name} is damaged (its sha256 is not the manifest's); copy or split again"
+            )
         return tensor
 
 
 def sha256(tensor: torch.Tensor) -> str:
     """Hash of the tensor's bytes in row-major order."""
     flat = tensor.contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(flat.numpy()).hexdigest()
+    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()  # type: ignore[arg-type]
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -178,7 +195,9 @@ def find_files(folder: Path) -> list[Path]:
         return [folder / name for name in sorted(set(weight_map.values()))]
     files = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{folder}: config.json but no *.safetensors: the weights are missing; copy them into this folder")
+        raise UserError(
+            f"{folder}: config.json but no *.safetensors: the weights are missing; copy them into this folder"
+        )
     return files
 
 
@@ -202,16 +221,19 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, plan: Plan, tp: TP, d
             target = nn.Parameter(torch.zeros_like(target, device=device), requires_grad=False)
             params[placement.param] = target
             assign(model, placement.param, target)
-        part = checkpoint.read(placement, tp)
-        bytes_read += part.nbytes
-        if placement.dim is not None:  # padding behind the part stays zero
-            target = target.narrow(placement.dim, placement.offset, part.shape[placement.dim])
-        target.copy_(part)
-        del part
+        bytes_read += fill(target, placement, checkpoint.read(placement, tp))
     for module in model.modules():
-        if hasattr(module, "init_buffers"):
+        if isinstance(module, HasBuffers):
             module.init_buffers(device)
     return bytes_read
+
+
+def fill(param: torch.Tensor, placement: Placement, part: torch.Tensor) -> int:
+    """Copy a part to its place in a parameter (padding behind it stays zero); returns the part's stored bytes."""
+    if placement.dim is not None:
+        param = param.narrow(placement.dim, placement.offset, part.shape[placement.dim])
+    param.copy_(part)
+    return part.nbytes
 
 
 def assign(model: nn.Module, name: str, param: nn.Parameter) -> None:

@@ -58,7 +58,9 @@ def prefill_attention(
     whole = query_len == context_len and (window is None or context_len <= window)
     mask = None if whole else causal_mask(query_len, context_len, window, q.device)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=whole, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    out = F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=whole, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return out[0].transpose(0, 1)
 
 

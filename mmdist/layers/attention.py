@@ -51,13 +51,13 @@ class Attention(nn.Module):
             Piece(num_kv_heads * head_dim, "v_proj", copies),
         ]
         self.qkv_proj = ColumnParallelLinear(hidden_size, pieces, tp, bias=bias)
+        self.heads = [size // head_dim for size in self.qkv_proj.local_sizes]  # of q, k and v on this rank
+        self.num_kv_heads = self.heads[1]
         self.o_proj = RowParallelLinear(num_heads * head_dim, hidden_size, tp, bias=bias)
 
-    def forward(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], cache: AttentionCache
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], cache: AttentionCache) -> torch.Tensor:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split([size // self.head_dim for size in self.qkv_proj.local_sizes], dim=1)
+        q, k, v = qkv.split(self.heads, dim=1)
         q, k = plain.apply_rope(q, *rope), plain.apply_rope(k, *rope)
         out = cache.attend(self.layer, q, k, v, scale=self.scale, window=self.window)
         return self.o_proj(out.flatten(1))

@@ -32,7 +32,9 @@ class RotaryEmbedding(nn.Module):
         """Compute what is not stored in a checkpoint; called once, after the weights are loaded."""
         parameters = self.config.rope_parameters
         if parameters["rope_type"] == "default":
-            exponents = torch.arange(0, self.config.head_dim, 2, device=device, dtype=torch.float32) / self.config.head_dim
+            exponents = (
+                torch.arange(0, self.config.head_dim, 2, device=device, dtype=torch.float32) / self.config.head_dim
+            )
             self.inv_freq = parameters["rope_theta"] ** -exponents
         else:
             self.inv_freq, self.scaling = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](self.config, device)

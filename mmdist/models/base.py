@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -48,10 +48,9 @@ class Processor:
 class MultimodalModel(nn.Module):
     """A vision encoder on rank 0 and a decoder cut over the ranks. Built on meta; see mmdist.weights for the rest."""
 
-    config_class: ClassVar[type]
+    config_class: ClassVar[Any]  # a transformers config
     renames: ClassVar[Renames]
     ignored: ClassVar[Sequence[str]] = ()
-    vision: nn.Module
 
     def __init__(self, config: Any, tp: TP):
         super().__init__()
@@ -61,6 +60,48 @@ class MultimodalModel(nn.Module):
         self.lm_head = ParallelLMHead(text.vocab_size, text.hidden_size, tp)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.decoder.embed_tokens.weight
+
+    @property
+    def first_layer(self) -> DecoderLayer:
+        return cast(DecoderLayer, self.decoder.layers[0])
+
+    @property
+    def hidden_size(self) -> int:
+        return self.decoder.shape.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        return self.decoder.shape.num_layers
+
+    @property
+    def head_dim(self) -> int:
+        return self.decoder.shape.head_dim
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads of this rank."""
+        return self.first_layer.self_attn.num_kv_heads
+
+    @property
+    def max_model_len(self) -> int:
+        return self.decoder.shape.max_model_len
+
+    @property
+    def num_all_reduces(self) -> int:
+        """All-reduces of (tokens, hidden) in a forward pass: the embedding, then two a layer."""
+        return 1 + 2 * self.num_layers
+
+    @property
+    def vocab_size(self) -> int:
+        return self.decoder.shape.vocab_size
+
+    def vision_activations(self) -> int:
+        """Numbers that live at once while rank 0 encodes pictures."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
 
     @classmethod
     def load_processor(cls, folder: Path, config: Any, options: ModelConfig) -> Processor:
@@ -112,9 +153,10 @@ def load_model_config(family: type[MultimodalModel], folder: Path) -> Any:
         model_type = json.loads(path.read_text()).get("model_type")
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error}); copy it again") from error
+    name = family.__module__.rpartition(".")[2]
     if model_type != family.config_class.model_type:
         raise UserError(
-            f"{path}: model_type is {model_type}, model={family.__module__.rpartition('.')[2]} wants "
+            f"{path}: model_type is {model_type}, model={name} wants "
             f"{family.config_class.model_type}; choose another model= ({', '.join(list_models())}) or another checkpoint"
         )
     return family.config_class.from_pretrained(folder)
@@ -148,6 +190,6 @@ def check_world_size(config: Any, size: int) -> None:
     if not fits(shape, size):
         legal = ", ".join(map(str, legal_world_sizes(config)))
         raise UserError(
-            f"world_size={size}: {shape.num_heads} attention heads, {shape.num_kv_heads} KV heads and intermediate_size "
-            f"{shape.intermediate_size} cannot be cut into {size} equal parts; legal sizes: {legal}"
+            f"world_size={size}: {shape.num_heads} attention heads, {shape.num_kv_heads} KV heads and "
+            f"intermediate_size {shape.intermediate_size} cannot be cut into {size} equal parts; legal sizes: {legal}"
         )

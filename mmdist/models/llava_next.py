@@ -29,6 +29,7 @@ class LlavaNextVision(ClipEncoder):
 
 
 class LlavaNext(MultimodalModel):
+    vision: LlavaNextVision
     config_class = transformers.LlavaNextConfig
     renames = {
         "language_model.model.": "decoder.",
@@ -55,12 +56,18 @@ class LlavaNext(MultimodalModel):
         return LlavaNextPrompts(folder, config, options)
 
     def encode_images(self, vision: dict[str, torch.Tensor]) -> torch.Tensor:
-        """pixel_values (images, tiles, 3, size, size), image_sizes (images, 2) as (height, width) -> (tokens, hidden)."""
+        """pixel_values (images, tiles, 3, size, size), image_sizes (images, 2) (height, width) -> (tokens, hidden)."""
         sizes = vision["image_sizes"].tolist()
-        counts = [reference.modeling_llava_next.image_size_to_num_patches(size, self.pinpoints, self.tile_size) for size in sizes]
+        counts = [
+            reference.modeling_llava_next.image_size_to_num_patches(size, self.pinpoints, self.tile_size)
+            for size in sizes
+        ]
         tiles = torch.cat([pixels[:count] for pixels, count in zip(vision["pixel_values"], counts, strict=True)])
         features = self.vision(tiles.to(self.vision.image_newline)).split(counts)
         return torch.cat([self.pack(feature, size) for feature, size in zip(features, sizes, strict=True)])
+
+    def vision_activations(self) -> int:
+        return self.vision.activations()
 
     @property
     def pinpoints(self) -> list[list[int]]:
@@ -77,7 +84,9 @@ class LlavaNext(MultimodalModel):
         of patches ended by the newline vector (transformers 5.23, LlavaNextModel.pack_image_features).
         """
         base, grid = tiles[0], tiles[1:]
-        rows, columns = reference.modeling_llava_next.get_anyres_image_grid_shape(image_size, self.pinpoints, self.tile_size)
+        rows, columns = reference.modeling_llava_next.get_anyres_image_grid_shape(
+            image_size, self.pinpoints, self.tile_size
+        )
         side = self.tile_size // self.config.vision_config.patch_size
         grid = grid.view(rows, columns, side, side, -1).permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)
         grid = reference.modeling_llava_next.unpad_image(grid, image_size)

@@ -19,7 +19,7 @@ class ClipTower(nn.Module):
 
     def __init__(self, config: Any):
         super().__init__()
-        self.model = transformers.CLIPVisionModel(config)
+        self.model: Any = transformers.CLIPVisionModel(config)
 
     def init_buffers(self, device: torch.device) -> None:
         embeddings = self.model.embeddings
@@ -76,3 +76,10 @@ class ClipEncoder(nn.Module):
     def encode(self, tiles: torch.Tensor) -> torch.Tensor:
         states = self.tower(tiles, self.layers)
         return self.projector(states[:, 1:] if self.drop_class_token else states)
+
+    def activations(self) -> int:
+        """Numbers that live at once in one pass over MAX_TILES tiles: pixels, a layer's hidden states, its MLP."""
+        config = self.tower.model.config
+        tokens = MAX_TILES * self.tower.model.embeddings.num_positions
+        pixels = 2 * MAX_TILES * 3 * config.image_size**2
+        return pixels + tokens * (6 * config.hidden_size + 2 * config.intermediate_size)

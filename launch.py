@@ -1,0 +1,123 @@
+"""Compose the config; become a rank if a launcher already made us one, else start the ranks.
+
+python launch.py --help
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mmdist.config import FREE_TEXT_KEYS, TASKS, Config, UserError
+from mmdist.launch import guard_rank, run_rank, start
+from mmdist.usage import usage
+
+CONF = str(Path(__file__).parent / "conf")
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(usage(Path(CONF)))
+        return 0
+    try:
+        register_schemas()
+        overrides = quote_free_text(arguments)
+        return run_as_rank(overrides) if "RANK" in os.environ else run_as_parent(overrides)
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        return user_error(error)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def register_schemas() -> None:
+    """Each task's keys, so that Hydra refuses unknown names and wrong types."""
+    for name, schema in TASKS.items():
+        ConfigStore.instance().store(group="schema", name=name, node=schema, package="_global_")
+
+
+def run_as_rank(overrides: list[str]) -> int:
+    """Under torchrun or our agent. Composes without hydra.main, which would make an output folder on every rank."""
+
+    def run() -> int:
+        with hydra.initialize_config_dir(CONF, version_base="1.3"):
+            config = to_config(hydra.compose("config", overrides))
+        return run_rank(config)
+
+    return guard_rank(run)
+
+
+def run_as_parent(overrides: list[str]) -> int:
+    """One job, or with -m one after another, each with its own ranks."""
+    codes = []
+
+    @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
+    def job(composed: DictConfig) -> None:
+        command = [sys.executable, __file__, *HydraConfig.get().overrides.task]
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            composed.output_dir = HydraConfig.get().runtime.output_dir
+            command.append(f"output_dir={composed.output_dir}")
+        try:
+            codes.append(start(to_config(composed), command))
+        except (UserError, OmegaConfBaseException) as error:
+            codes.append(user_error(error))
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors reach us, who print them in one line
+    sys.argv[1:] = overrides
+    job()
+    return max(codes, default=0)
+
+
+def to_config(composed: DictConfig) -> Config:
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    return config
+
+
+def user_error(error: Exception) -> int:
+    """One line on stderr, without what Hydra adds about itself."""
+    text = " ".join(str(error).split())
+    text = text.partition(" To append to your config use ")[0].partition(" Config search path:")[0]
+    print(
+        f"error: {text}; python launch.py --help lists the keys and groups"
+        if ".yaml" not in text
+        else f"error: {text}",
+        file=sys.stderr,
+    )
+    return EXIT_USER_ERROR
+
+
+def quote_free_text(arguments: list[str]) -> list[str]:
+    """Quote the values of free-text keys, so that Hydra's grammar does not take prompts and paths apart.
+
+    Left alone: null, a value that is one quoted string already, and with -m a sweep written as choice(...).
+    """
+    sweep = bool({"-m", "--multirun"} & set(arguments))
+    return [quote(argument, sweep) for argument in arguments]
+
+
+def quote(argument: str, sweep: bool) -> str:
+    name, equals, value = argument.partition("=")
+    quoted = re.fullmatch(r"""'(\\.|[^'\\])*'|"(\\.|[^"\\])*\"""", value, re.DOTALL)
+    if name.lstrip("+") not in FREE_TEXT_KEYS or not equals or quoted or value == "null":
+        return argument
+    if sweep and re.fullmatch(r"choice\(.*\)", value, re.DOTALL):
+        return argument
+    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # not OmegaConf's interpolation either
+    return f"{name}={QuotedString(value, Quote.single).with_quotes()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

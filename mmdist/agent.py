@@ -1,0 +1,130 @@
+"""Start the ranks of one machine through torch's elastic agent, and say in one piece why they failed."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous import registry as rendezvous
+
+from mmdist.config import LauncherConfig, UserError
+
+log = logging.getLogger("mmdist.launch")
+PORTS = range(20030, 20051)
+HOST = "127.0.0.1"
+SHUTDOWN_S = 5  # from SIGTERM to SIGKILL for the ranks that are left when one has failed
+
+
+def run_agent(command: list[str], size: int, config: LauncherConfig) -> int:
+    """Run `command` as `size` ranks; the exit code of the job, the first cause of a failure printed on stderr."""
+    with take_port(config) as port, tempfile.TemporaryDirectory(prefix="mmdist-") as log_dir:
+        log.info("starting %d ranks, MASTER_PORT=%d", size, port)
+        os.environ["MMDIST_AGENT"] = str(os.getpid())
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we report failures ourselves
+        agent = build_agent(command, size, port, log_dir)
+        with forward_interrupts(agent):
+            try:
+                result = agent.run()
+            except SignalException as stopped:
+                return 128 + int(stopped.sigval)
+        return report(result.failures) if result.is_failed() else 0
+
+
+def build_agent(command: list[str], size: int, port: int, log_dir: str) -> LocalElasticAgent:
+    # SIGINT is ours: rank 0 decides what Ctrl-C means (a chat only stops its answer).
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGHUP,SIGQUIT"
+    parameters = RendezvousParameters("static", f"{HOST}:{port}", f"mmdist-{os.getpid()}", 1, 1, rank=0, timeout=60)
+    spec = WorkerSpec(
+        role="rank",
+        local_world_size=size,
+        entrypoint=command[0],
+        args=tuple(command[1:]),
+        rdzv_handler=rendezvous.get_rendezvous_handler(parameters),
+        max_restarts=0,
+        monitor_interval=0.1,
+        master_addr=HOST,
+        master_port=port,
+    )
+    return LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=log_dir), shutdown_timeout=SHUTDOWN_S)
+
+
+@contextmanager
+def forward_interrupts(agent: LocalElasticAgent) -> Iterator[None]:
+    """Pass Ctrl-C on to the ranks, which live in sessions of their own and do not hear the terminal."""
+
+    def forward(signum: int, frame: object) -> None:
+        for worker in agent.get_worker_group().workers:
+            with suppress(ProcessLookupError, TypeError):  # it has ended, or has not begun
+                os.kill(worker.id, signum)
+
+    before = signal.signal(signal.SIGINT, forward)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def report(failures: dict[int, ProcessFailure]) -> int:
+    """Print the cause: a user's mistake, else a rank killed by a signal, else the first exception."""
+    rank, failure = min(failures.items(), key=lambda item: order(item[1]))
+    message = failure.message
+    if failure.exitcode < 0:
+        print(f"error: rank {rank} was killed by {failure.signal_name()} (pid {failure.pid})", file=sys.stderr)
+        return 1
+    if isinstance(message, str):  # no error file: the rank chose its exit code and has said why
+        return failure.exitcode
+    text = message["message"]
+    if failure.exitcode == 2:
+        print(f"error: {text.removeprefix('UserError: ')}", file=sys.stderr)
+    else:
+        print(f"error: rank {rank} failed: {text}\n{message['extraInfo']['py_callstack']}", file=sys.stderr)
+    return failure.exitcode
+
+
+def order(failure: ProcessFailure) -> tuple:
+    """Causes before consequences: a lost connection to a rank that died says nothing of its own."""
+    killed = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
+    lost_peer = "Connection" in str(failure.message) or "gloo" in str(failure.message)
+    return (failure.exitcode != 2, not killed, lost_peer, failure.timestamp)
+
+
+@contextmanager
+def take_port(config: LauncherConfig) -> Iterator[int]:
+    """launcher.master_port, else MASTER_PORT, else the first of PORTS that no one uses, locked against other jobs."""
+    asked = config.master_port or os.environ.get("MASTER_PORT")
+    for port in [int(asked)] if asked else PORTS:
+        lock = lock_port(port)
+        if lock is not None:
+            with lock:
+                yield port
+            return
+    what = f"port {asked} is" if asked else f"ports {PORTS[0]}-{PORTS[-1]} are all"
+    raise UserError(f"{what} in use; choose a free one with launcher.master_port=PORT")
+
+
+def lock_port(port: int) -> IO | None:
+    """A lock file held while the job lives, or None when another job or program has the port."""
+    lock = (Path(tempfile.gettempdir()) / f"mmdist-port-{port}.lock").open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
+    except OSError:
+        lock.close()
+        return None
+    return lock

@@ -1,0 +1,158 @@
+"""The engine: requests in, text out, one step at a time.
+
+Rank 0 schedules, samples and talks to the outside; the others follow it. Each step begins with one broadcast of the
+batch, so the ranks never disagree about what they compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import torch
+
+from mmdist.backend import Backend
+from mmdist.config import EngineConfig, UserError
+from mmdist.engine.batch import Batch, Scheduled, build_batch, image_embeds
+from mmdist.engine.blocks import BlockManager
+from mmdist.engine.cache import PagedCache, cache_shape
+from mmdist.engine.detokenizer import Detokenizer
+from mmdist.engine.request import Output, Request, Sequence
+from mmdist.engine.runner import Runner
+from mmdist.engine.sampler import logprobs_entry, sample
+from mmdist.engine.scheduler import Scheduler
+from mmdist.models.base import MultimodalModel, Processor
+from mmdist.tp import TP
+
+
+class Engine:
+    """processor and eos_token_ids are rank 0's; other ranks pass None and an empty set, and call follow()."""
+
+    def __init__(
+        self,
+        model: MultimodalModel,
+        tp: TP,
+        config: EngineConfig,
+        backend: Backend,
+        *,
+        processor: Processor | None,
+        eos_token_ids: set[int],
+    ):
+        self.tp, self.processor, self.eos_token_ids = tp, processor, eos_token_ids
+        shape = cache_shape(model, config)
+        self.max_model_len = shape.max_model_len
+        self.runner = Runner(model, PagedCache(shape, model.dtype, backend.device), tp, backend)
+        self.scheduler = Scheduler(config, BlockManager(shape.num_blocks, shape.block_size))
+        self.sequences: dict[str, Sequence] = {}
+
+    def add(self, request: Request) -> None:
+        """Queue a request; UserError when it cannot fit or its id is taken."""
+        length = len(request.prompt.token_ids)
+        if length >= self.max_model_len:
+            raise UserError(
+                f"the prompt has {length} tokens ({len(request.prompt.image_positions)} of pictures), "
+                f"engine.max_model_len={self.max_model_len} must be larger; shorten it or raise engine.max_model_len"
+            )
+        if request.id in self.sequences:
+            raise UserError(f"id {request.id} is given twice; ids must differ")
+        max_tokens = min(length + request.params.max_new_tokens, self.max_model_len)
+        detokenizer = Detokenizer(self.prompts.decode, request.params.stop)
+        sequence = Sequence(request, detokenizer, max_tokens)
+        self.sequences[request.id] = sequence
+        self.scheduler.add(sequence)
+
+    @property
+    def prompts(self) -> Processor:
+        assert self.processor is not None, "text enters and leaves through rank 0"
+        return self.processor
+
+    def abort(self, request_id: str) -> None:
+        sequence = self.sequences.pop(request_id, None)
+        if sequence is not None:
+            self.scheduler.remove(sequence)
+
+    def step(self) -> list[Output]:
+        """Compute the next token of what is scheduled; rank 0 only."""
+        scheduled = self.scheduler.schedule()
+        for item in scheduled:
+            self._encode_images(item.sequence)
+        batch = self.tp.broadcast_object(build_batch(scheduled))
+        logits = self.runner.forward(batch, image_embeds(scheduled))
+        return self._finish_step(scheduled, logits.float().cpu())
+
+    def follow(self) -> None:
+        """The other ranks' life: compute what rank 0 sends, until it stops."""
+        while (batch := self.tp.broadcast_object(None)) is not None:
+            if batch.input_ids:
+                self.runner.forward(batch, [])
+
+    def keep_alive(self) -> None:
+        """Let the other ranks know, while there is nothing to do, that rank 0 is still there."""
+        self.tp.broadcast_object(Batch())
+
+    def stop(self) -> None:
+        self.tp.broadcast_object(None)
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Output]:
+        """Run requests to their ends, taking new ones from the iterable as places become free."""
+        source = iter(requests)
+        exhausted = False
+        while self.sequences or not exhausted:
+            places = self.scheduler.config.max_num_seqs - len(self.sequences)
+            new = list(islice(source, max(0, places)))
+            exhausted = len(new) < places
+            yield from self._add_all(new)
+            if self.sequences:
+                yield from self.step()
+
+    def _add_all(self, requests: list[Request]) -> Iterator[Output]:
+        """Add what can be added; the rest ends at once with its error."""
+        for request in requests:
+            try:
+                self.add(request)
+            except UserError as error:
+                yield Output(request.id, "", "", request.prompt.token_ids, [], None, "error", str(error))
+
+    def _encode_images(self, sequence: Sequence) -> None:
+        vision = sequence.request.prompt.vision
+        if vision and sequence.image_embeds is None:
+            sequence.image_embeds = self.runner.encode_images(vision)
+
+    def _finish_step(self, scheduled: list[Scheduled], logits: torch.Tensor) -> list[Output]:
+        outputs, row = [], 0
+        for item in scheduled:
+            samples = item.samples
+            item.sequence.num_computed = item.stop
+            if samples:
+                outputs.append(self._advance(item.sequence, logits[row]))
+                row += 1
+        return outputs
+
+    def _advance(self, sequence: Sequence, logits: torch.Tensor) -> Output:
+        """Sample a sequence's next token and say what is new."""
+        params = sequence.request.params
+        token_id = sample(logits, sequence)
+        if params.logprobs is not None:
+            sequence.logprobs.append(logprobs_entry(logits, token_id, params.logprobs))
+        sequence.output_ids.append(token_id)
+        reason = self._finish_reason(sequence, token_id)
+        if reason is not None:
+            self.abort(sequence.request.id)
+        return Output(
+            id=sequence.request.id,
+            delta=sequence.detokenizer.take(finished=reason is not None),
+            text=sequence.detokenizer.text,
+            prompt_token_ids=sequence.request.prompt.token_ids,
+            token_ids=sequence.output_ids,
+            logprobs=sequence.logprobs if params.logprobs is not None else None,
+            finish_reason=reason,
+        )
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
+        detokenizer = sequence.detokenizer
+        ended = token_id in self.eos_token_ids and not sequence.request.params.ignore_eos
+        full = sequence.num_tokens >= sequence.max_tokens
+        stopped = detokenizer.push(token_id) or ((ended or full) and detokenizer.finish())
+        if stopped or ended:
+            return "stop"
+        return "length" if full else None

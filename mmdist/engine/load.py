@@ -1,0 +1,89 @@
+"""From a config to an engine that is ready to step: the arrows config -> plan -> weights -> engine, on one rank."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmdist.backend import Backend, memory_per_rank
+from mmdist.config import Config, UserError
+from mmdist.engine.cache import cache_shape
+from mmdist.engine.engine import Engine
+from mmdist.engine.memory import rank_memory
+from mmdist.models.base import MultimodalModel, build_model, find_model, load_model_config
+from mmdist.plan import Plan, shard_plan
+from mmdist.tp import TP
+from mmdist.weights import Checkpoint, load_weights, open_checkpoint
+
+log = logging.getLogger("mmdist.load")
+REPOSITORY = Path(__file__).resolve().parents[2]
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def find_checkpoint(config: Config) -> Path:
+    """checkpoint=, else the one shipped for the family."""
+    if config.checkpoint is not None:
+        return Path(config.checkpoint)
+    if config.model.demo_checkpoint is None:
+        raise UserError(f"model={config.model.name} ships no checkpoint; give one with checkpoint=DIR")
+    return REPOSITORY / config.model.demo_checkpoint
+
+
+def find_dtype(config: Config, checkpoint: Checkpoint, plan: Plan, device: str) -> torch.dtype:
+    """dtype=, where auto is the dtype of the decoder's weights (float16 becomes bfloat16 on a CPU)."""
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    stored = checkpoint.dtype(next(p.name for p in plan.values() if p.dim is not None))
+    if device == "cpu" and stored == torch.float16:  # CPUs have no fast float16 matrix product
+        log.info("dtype=auto: the checkpoint's float16 runs as bfloat16 on the CPU; dtype=float32 or float16 to choose")
+        return torch.bfloat16
+    return stored
+
+
+def open_model(config: Config, tp: TP, device: str) -> tuple[MultimodalModel, Plan, Checkpoint, Any]:
+    """The model on meta, its plan and its checkpoint, each checked against the others; nothing is loaded."""
+    family = find_model(config.model.name)
+    folder = find_checkpoint(config)
+    model_config = load_model_config(family, folder)
+    model = build_model(family, model_config, tp, torch.float32)
+    plan = shard_plan(model, tp)
+    checkpoint = open_checkpoint(folder, family.renames, family.ignored, tp)
+    checkpoint.check(plan, config.model.name)
+    return model.to(find_dtype(config, checkpoint, plan, device)), plan, checkpoint, model_config
+
+
+def load_engine(config: Config, tp: TP, backend: Backend) -> Engine:
+    start = time.perf_counter()
+    model, plan, checkpoint, model_config = open_model(config, tp, backend.device.type)
+    refuse_too_large(config, model, plan, tp, backend)
+    bytes_read = load_weights(model, checkpoint, plan, tp, backend.device)
+    log.info("%.1f MB of weights in %.1f s, %s", bytes_read / 1e6, time.perf_counter() - start, model.dtype)
+    on_rank_zero = tp.rank == 0
+    processor = type(model).load_processor(checkpoint.folder, model_config, config.model) if on_rank_zero else None
+    eos = find_eos(checkpoint.folder, model_config)
+    return Engine(model, tp, config.engine, backend, processor=processor, eos_token_ids=eos)
+
+
+def refuse_too_large(config: Config, model: MultimodalModel, plan: Plan, tp: TP, backend: Backend) -> None:
+    need = rank_memory(model, plan, tp, config.engine).total
+    have = memory_per_rank(config.hardware, backend.device.type, tp.size)
+    if need > have:
+        shape = cache_shape(model, config.engine)
+        raise UserError(
+            f"rank {tp.rank} needs {need / 2**30:.2f} GiB, has {have / 2**30:.2f} GiB: lower engine.max_num_seqs="
+            f"{config.engine.max_num_seqs} or engine.max_model_len={shape.max_model_len}, or use more ranks; "
+            "task=plan shows where it goes"
+        )
+
+
+def find_eos(folder: Path, model_config: Any) -> set[int]:
+    """End-of-sequence ids: generation_config.json's, else the text config's."""
+    path = folder / "generation_config.json"
+    eos = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    eos = model_config.text_config.eos_token_id if eos is None else eos
+    return set(eos) if isinstance(eos, list) else {eos} - {None}

@@ -1,0 +1,65 @@
+"""What one rank needs in memory, from shapes alone; task=plan shows it and load_engine refuses what does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from mmdist.config import EngineConfig
+from mmdist.engine.cache import CacheShape, cache_shape
+from mmdist.models.base import MultimodalModel
+from mmdist.plan import Plan, bytes_per_rank
+from mmdist.tp import TP
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes. peak_load_bytes: host memory at the worst moment of loading onto a CPU (weights, one mapped tensor)."""
+
+    rank: int
+    llm_bytes: int
+    vision_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+    peak_load_bytes: int
+
+    @property
+    def total(self) -> int:
+        running = self.llm_bytes + self.vision_bytes + self.kv_bytes + self.activation_bytes
+        return max(running, self.peak_load_bytes)
+
+
+def rank_memory(model: MultimodalModel, plan: Plan, tp: TP, config: EngineConfig) -> RankMemory:
+    """model: built (on meta is enough) for `tp`, in the dtype it will run in."""
+    llm, vision = bytes_per_rank(model, plan, tp, model.dtype)
+    largest = max(prod(placement.shape) for placement in plan.values() if placement.held_by(tp))
+    shape = cache_shape(model, config)
+    activations = decoder_activations(model, shape, config)
+    if tp.rank == 0:
+        activations = max(activations, model.vision_activations() * model.dtype.itemsize)
+    return RankMemory(
+        rank=tp.rank,
+        llm_bytes=llm,
+        vision_bytes=vision,
+        kv_bytes=shape.bytes(model.dtype),
+        activation_bytes=activations,
+        peak_load_bytes=llm + vision + largest * model.dtype.itemsize,
+    )
+
+
+def decoder_activations(model: MultimodalModel, shape: CacheShape, config: EngineConfig) -> int:
+    """Bytes of the largest tensors that live at once in a full step: an MLP or an attention, and the logits."""
+    itemsize = model.dtype.itemsize
+    layer = model.first_layer
+    heads, kv_heads, _ = layer.self_attn.heads
+    tokens = min(config.max_num_batched_tokens, config.max_num_seqs * shape.max_model_len)
+    residual = tokens * model.hidden_size * (4 * itemsize + 2 * FLOAT32)  # in, out, normed; the norm in float32
+    mlp = tokens * 2 * sum(layer.mlp.gate_up_proj.local_sizes) * itemsize
+    scores = tokens * shape.max_model_len * (1 + itemsize)  # the mask, as bool and as numbers
+    context = 2 * shape.max_model_len * shape.head_dim * itemsize  # keys and values of one head, gathered
+    attention = 3 * tokens * (heads + 2 * kv_heads) * shape.head_dim * itemsize + scores + context * heads
+    gathered = config.max_num_seqs * context * kv_heads
+    logits = config.max_num_seqs * model.vocab_size * (2 * itemsize + 2 * FLOAT32)
+    return residual + max(mlp, attention, gathered) + logits

@@ -1,0 +1,69 @@
+"""What goes into the engine and what comes out."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+
+import torch
+
+from mmdist.config import SamplingParams
+from mmdist.engine.detokenizer import Detokenizer
+from mmdist.models.base import Prompt
+
+
+@dataclass
+class Request:
+    id: str
+    prompt: Prompt
+    params: SamplingParams
+
+
+@dataclass
+class Output:
+    """One step's news of a request; `finish_reason` (stop, length or error) is set with the last one.
+
+    delta: text that is new. logprobs: one entry a generated token, when asked for. prompt_token_ids, token_ids, text:
+    all so far.
+    """
+
+    id: str
+    delta: str
+    text: str
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[dict] | None
+    finish_reason: str | None
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request on its way through the engine; on rank 0 only."""
+
+    request: Request
+    detokenizer: Detokenizer
+    max_tokens: int  # of prompt and answer together
+    generator: torch.Generator = field(init=False)
+    output_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict] = field(default_factory=list)
+    block_table: list[int] = field(default_factory=list)
+    num_computed: int = 0  # tokens whose keys and values are in the cache
+    image_embeds: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        seed = self.request.params.seed
+        self.generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt.token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt_tokens + len(self.output_ids)
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Prompt and answer as one list, cut to [start, stop)."""
+        split = self.num_prompt_tokens
+        return self.request.prompt.token_ids[start:stop] + self.output_ids[max(start - split, 0) : max(stop - split, 0)]

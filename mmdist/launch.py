@@ -1,0 +1,120 @@
+"""Start the ranks and be one: torch's elastic agent and environment, first failure stops all.
+
+A rank is a process with torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), whether
+torchrun started it or `start` did.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from mmdist.agent import run_agent
+from mmdist.backend import count_devices, find_device, init_backend, threads_per_rank
+from mmdist.config import Config, UserError
+from mmdist.engine.load import find_checkpoint, load_engine
+from mmdist.log import init_log
+from mmdist.models.base import check_world_size, find_model, legal_world_sizes, load_model_config
+from mmdist.tasks.job import make_output_dir
+from mmdist.tp import init_tp
+
+log = logging.getLogger("mmdist.launch")
+EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def load_task(name: str) -> ModuleType:
+    return import_module(f"mmdist.tasks.{name}")
+
+
+def is_rank() -> bool:
+    return "RANK" in os.environ
+
+
+def start(config: Config, command: list[str]) -> int:
+    """Run a job from a process that is no rank; `command` starts one rank. Returns the exit code."""
+    init_log()
+    task = load_task(config.task)
+    task.check(config)
+    if not task.ON_RANKS:
+        return task.run(config)
+    size = find_world_size(config)
+    if size == 1:
+        return run_rank(config)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(config.hardware, size)))
+    return run_agent([*command, f"world_size={size}"], size, config.launcher)
+
+
+def find_world_size(config: Config) -> int:
+    """world_size=, checked; auto: as many ranks as devices, rounded down to a legal size."""
+    family = find_model(config.model.name)
+    model_config = load_model_config(family, find_checkpoint(config))
+    device = find_device(config.hardware)
+    if isinstance(config.world_size, int):
+        check_world_size(model_config, config.world_size)
+        if device != "cpu" and config.world_size > count_devices(device):
+            raise UserError(f"world_size={config.world_size}: {count_devices(device)} {device} devices are visible")
+        return config.world_size
+    return max(size for size in legal_world_sizes(model_config) if size <= max(1, count_devices(device)))
+
+
+def run_rank(config: Config) -> int:
+    """The whole program of one rank; returns its exit code."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    init_log(rank, size)
+    if config.world_size not in ("auto", size):
+        raise UserError(f"world_size={config.world_size}, but torchrun started {size} ranks; leave world_size= out")
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    backend = init_backend(config.hardware, local_rank=local_rank, local_size=local_size)
+    tp = init_tp(backend.collectives, rank=rank, size=size, timeout_s=config.launcher.timeout_s)
+    log.info("world_size=%d on %s", size, backend.device.type)
+    if rank == 0:
+        make_output_dir(config)
+    engine = load_engine(config, tp, backend)
+    if rank > 0:
+        engine.follow()
+        code = 0
+    else:
+        code = load_task(config.task).run(config, engine)
+        engine.stop()
+    if size > 1:
+        dist.destroy_process_group()
+    return code
+
+
+def guard_rank(run: Callable[[], int]) -> int:
+    """Run a rank's program; whatever ends it early is left where the agent (ours or torchrun) looks for it."""
+    rank = int(os.environ["RANK"])
+    die_with_parent()
+    if rank > 0:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what Ctrl-C means
+    try:
+        return run()
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except UserError as error:
+        get_error_handler().record_exception(error)
+        if "MMDIST_AGENT" not in os.environ:  # our agent shows it, torchrun would bury it
+            print(f"error: {error}" if rank == 0 else f"error: rank {rank}: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except Exception as error:
+        get_error_handler().record_exception(error)
+        if "MMDIST_AGENT" not in os.environ:
+            traceback.print_exc()
+        return EXIT_FAILED
+
+
+def die_with_parent() -> None:
+    """Ask Linux to end this process when the agent is gone, even by kill -9."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

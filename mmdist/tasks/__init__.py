@@ -1,0 +1,5 @@
+"""One file a task; its name is the name of its yaml in conf/task.
+
+ON_RANKS says whether it needs an engine. check(config) refuses, before any rank is started, what can be known then.
+run(config, engine) (or run(config) where ON_RANKS is False) does the work on rank 0 and returns the exit code.
+"""

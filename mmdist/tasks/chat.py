@@ -1,0 +1,144 @@
+"""task=chat: one streamed answer to prompt=, or a conversation in the terminal."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import readline  # noqa: F401  line editing for input()
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from mmdist.config import SAMPLING_KEYS, ChatConfig, SamplingParams, UserError
+from mmdist.engine.engine import Engine
+from mmdist.engine.load import REPOSITORY
+from mmdist.engine.request import Request
+from mmdist.tasks.requests import load_image, user_message
+
+ON_RANKS = True
+HELP = "/image PATH  show a picture   /reset  forget the conversation   /help   /quit   Ctrl-C  stop the answer"
+KEEP_ALIVE_S = 30  # how often the other ranks hear from rank 0 while a person thinks
+log = logging.getLogger("mmdist.chat")
+
+
+def check(config: ChatConfig) -> None:
+    if config.image is not None:
+        load_image(Path(config.image))
+    if config.prompt is None and not is_demo(config) and not sys.stdin.isatty():
+        raise UserError("prompt= is missing, and there is no terminal to chat on; ask something with prompt=TEXT")
+
+
+def is_demo(config: ChatConfig) -> bool:
+    """Nothing was asked: the shipped checkpoint answers the shipped question."""
+    return config.checkpoint is None and config.image is None and config.prompt is None
+
+
+def run(config: ChatConfig, engine: Engine) -> int:
+    conversation = Conversation(engine, SamplingParams(**{name: getattr(config, name) for name in SAMPLING_KEYS}))
+    image, prompt = config.image, config.prompt
+    if is_demo(config):
+        image, prompt = str(REPOSITORY / str(config.model.demo_image)), config.model.demo_prompt
+        print(f"{config.model.demo_image}: {prompt}")
+    if image is not None:
+        conversation.show(Path(image))
+    if prompt is not None:
+        conversation.ask(prompt)
+    else:
+        converse(conversation)
+    return 0
+
+
+class Conversation:
+    """The history of one chat and its pictures; each answer is computed from all of it."""
+
+    def __init__(self, engine: Engine, params: SamplingParams):
+        self.engine, self.params = engine, params
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self.images: list[Any] = []
+        self.num_new_images = 0
+
+    def show(self, path: Path) -> None:
+        """Put a picture in front of the next question."""
+        self.images.append(load_image(path))
+        self.num_new_images += 1
+
+    def ask(self, text: str) -> None:
+        """Stream the answer to stdout; Ctrl-C ends the answer and keeps what there is of it."""
+        messages = [*self.messages, user_message(text, self.num_new_images)]
+        prompt = self.engine.prompts.prompt(messages=messages, images=self.images)
+        request = Request("chat", prompt, self.params)
+        start, answer, num_tokens, first = time.perf_counter(), "", 0, 0.0
+        try:
+            for output in self.engine.generate([request]):
+                if output.error is not None:
+                    raise UserError(output.error)
+                first = first or time.perf_counter() - start
+                answer, num_tokens = output.text, len(output.token_ids)
+                print(output.delta, end="", flush=True)
+        except KeyboardInterrupt:
+            self.engine.abort("chat")
+            if not sys.stdin.isatty():
+                raise
+        print()
+        seconds = time.perf_counter() - start
+        log.info(
+            "%d prompt tokens, first token after %.2f s, %d tokens in %.2f s",
+            len(prompt.token_ids),
+            first,
+            num_tokens,
+            seconds,
+        )
+        content = [{"type": "text", "text": answer.strip()}]
+        self.messages = [*messages, {"role": "assistant", "content": content}]
+        self.num_new_images = 0
+
+
+def converse(conversation: Conversation) -> None:
+    print(HELP)
+    while (line := read_line(conversation.engine)) is not None:
+        try:
+            if not obey(line.strip(), conversation):
+                return
+        except UserError as error:
+            print(f"error: {error}")
+
+
+def obey(line: str, conversation: Conversation) -> bool:
+    """Do what one line says; False to leave."""
+    command, _, rest = line.partition(" ")
+    if command == "/quit":
+        return False
+    if command == "/reset":
+        conversation.reset()
+    elif command == "/image":
+        conversation.show(Path(rest.strip()))
+    elif command.startswith("/"):
+        print(HELP)
+    elif line:
+        conversation.ask(line)
+    return True
+
+
+def read_line(engine: Engine) -> str | None:
+    """A line from the terminal, None at its end; meanwhile the other ranks are kept from timing out."""
+    lines: queue.Queue[str | None] = queue.Queue()
+    threading.Thread(target=lambda: lines.put(read_or_none()), daemon=True).start()
+    while True:
+        try:
+            return lines.get(timeout=KEEP_ALIVE_S)
+        except queue.Empty:
+            engine.keep_alive()
+        except KeyboardInterrupt:
+            print("\n(/quit leaves)")
+
+
+def read_or_none() -> str | None:
+    try:
+        return input("> ")
+    except EOFError:
+        return None

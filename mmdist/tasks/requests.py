@@ -1,0 +1,117 @@
+"""From what a user wrote (a line of JSON, a picture's path) to a Request; mistakes named, none fatal to the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mmdist.config import SAMPLING_KEYS, SamplingParams, UserError
+from mmdist.engine.request import Request
+from mmdist.models.base import Processor
+
+REQUEST_KEYS = {"id", "messages", "prompt", "images", *SAMPLING_KEYS}
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+
+
+def read_requests(path: Path) -> Iterator[dict[str, Any]]:
+    """One entry a line; a line that is no object becomes an entry that build_request refuses."""
+    with path.open() as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield parse_line(line, number)
+
+
+def parse_line(line: str, number: int) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        return {"id": f"line {number}", "error": f"line {number} is not JSON: {error}"}
+    if not isinstance(entry, dict) or not isinstance(entry.get("id"), str | int):
+        return {"id": f"line {number}", "error": f'line {number}: expected an object with an "id" (text or number)'}
+    return entry
+
+
+def read_folder(folder: Path, prompt: str) -> Iterator[dict[str, Any]]:
+    """One entry a picture, sorted by name, which is the id."""
+    pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+    if not pictures:
+        raise UserError(f"input={folder}: no pictures in it ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    for path in pictures:
+        yield {"id": path.name, "messages": [user_message(prompt, 1)], "images": [str(path.resolve())]}
+
+
+def user_message(text: str, num_images: int) -> dict[str, Any]:
+    images = [{"type": "image"} for _ in range(num_images)]
+    return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
+
+
+def build_request(entry: dict[str, Any], processor: Processor, defaults: SamplingParams, folder: Path) -> Request:
+    """Relative picture paths are looked up from the working directory, then from `folder`, that of the requests."""
+    if "error" in entry:
+        raise UserError(entry["error"])
+    unknown = sorted(entry.keys() - REQUEST_KEYS)
+    if unknown:
+        raise UserError(f"unknown key {unknown[0]}; a request has {', '.join(sorted(REQUEST_KEYS))}")
+    if ("messages" in entry) == ("prompt" in entry):
+        raise UserError('a request has either "messages" or "prompt"')
+    params = merge_params(entry, defaults)
+    images = [load_image(find_image(path, folder)) for path in image_paths(entry)]
+    if "prompt" in entry:
+        if not isinstance(entry["prompt"], str):
+            raise UserError(f"prompt: expected text, found {type(entry['prompt']).__name__}")
+        prompt = processor.prompt(text=entry["prompt"], images=images)
+    else:
+        prompt = processor.prompt(messages=entry["messages"], images=images)
+    return Request(str(entry["id"]), prompt, params)
+
+
+def merge_params(entry: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
+    """The request's sampling keys over the command line's."""
+    hints = get_type_hints(SamplingParams)
+    given = {name: entry[name] for name in SAMPLING_KEYS if name in entry}
+    for name, value in given.items():
+        if not has_type(value, hints[name]) and not (name == "stop" and isinstance(value, str)):
+            raise UserError(f"{name}={value!r}: expected {getattr(hints[name], '__name__', hints[name])}")
+    return replace(SamplingParams(**{name: asdict(defaults)[name] for name in SAMPLING_KEYS}), **given)
+
+
+def has_type(value: Any, hint: Any) -> bool:
+    if isinstance(hint, UnionType):
+        return any(has_type(value, option) for option in get_args(hint))
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(has_type(item, get_args(hint)[0]) for item in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float) if hint is float else isinstance(value, hint)
+
+
+def image_paths(entry: dict[str, Any]) -> list[str]:
+    images = entry.get("images", [])
+    if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
+        raise UserError("images: expected a list of paths")
+    return images
+
+
+def find_image(path: str, folder: Path) -> Path:
+    return Path(path) if Path(path).exists() else folder / path
+
+
+def load_image(path: Path) -> Image.Image:
+    """An RGB picture, turned as its EXIF says (as transformers.image_utils.load_image does)."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such picture") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path}: not a picture") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: too large ({error}); scale it down first") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: damaged picture ({error})") from error

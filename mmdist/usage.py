@@ -1,0 +1,63 @@
+"""What `python launch.py --help` prints: groups, every key with its line, examples; read off config.py and conf/."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from mmdist.config import SAMPLING_KEYS, TASKS, Config, SamplingParams
+
+EXAMPLES = """\
+Examples
+  python launch.py
+  python launch.py checkpoint=DIR image=FILE prompt="What is in the picture?" world_size=8
+  python launch.py checkpoint=DIR                                  a conversation in the terminal
+  python launch.py task=generate input=requests.jsonl output=answers.jsonl checkpoint=DIR
+  python launch.py task=generate input=FOLDER prompt="Describe the picture." output=answers.jsonl
+  python launch.py task=plan checkpoint=DIR world_size=4 format=json
+  python launch.py -m task=generate input=requests.jsonl world_size=1,2
+  torchrun --nproc-per-node 2 launch.py checkpoint=DIR image=FILE prompt=TEXT
+Values of prompt=, image=, input= and other paths are taken as they stand; quote them for the shell only."""
+
+
+def usage(conf: Path) -> str:
+    common = {f.name for f in fields(Config)}
+    sections = ["python launch.py [KEY=VALUE ...]   (a group is chosen the same way: task=plan)", groups(conf)]
+    sections.append(section("Keys of every task", [f for f in fields(Config) if not is_group(f)]))
+    sections += [
+        section(f"Keys of the group {f.name}", fields(default_of(f)), f"{f.name}.")
+        for f in fields(Config)
+        if is_group(f)
+    ]
+    sections.append(section("Sampling keys (tasks chat and generate; also in a request)", fields(SamplingParams)))
+    for name, schema in TASKS.items():
+        own = [f for f in fields(schema) if f.name not in common and f.name not in SAMPLING_KEYS]
+        sections.append(section(f"Keys of task={name}", own))
+    return "\n\n".join([*sections, EXAMPLES])
+
+
+def groups(conf: Path) -> str:
+    rows = []
+    for folder in sorted(path for path in conf.iterdir() if path.is_dir()):
+        rows.append(f"  {folder.name:10} {', '.join(sorted(path.stem for path in folder.glob('*.yaml')))}")
+    return "\n".join(["Groups", *rows])
+
+
+def is_group(field: Field) -> bool:
+    return is_dataclass(default_of(field))
+
+
+def default_of(field: Field) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def section(title: str, keys: Iterable[Field], prefix: str = "") -> str:
+    return "\n".join([title, *(line(key, prefix) for key in keys)])
+
+
+def line(key: Field, prefix: str) -> str:
+    default = default_of(key)
+    shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+    return f"  {prefix + key.name + '=' + shown:38} {key.metadata['help']}"
