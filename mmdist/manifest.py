@@ -11,6 +11,7 @@ from mmdist.config import UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+PART_FILES = "model-rank-*-of-*.safetensors"
 
 
 @dataclass

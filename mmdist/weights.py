@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mmdist.config import UserError
-from mmdist.manifest import MANIFEST, load_manifest, part_file
+from mmdist.manifest import MANIFEST, PART_FILES, load_manifest, part_file
 from mmdist.plan import Placement, Plan
 from mmdist.tp import TP
 
@@ -107,6 +107,10 @@ class Checkpoint:
                     f"{self.files[name]}: {self.names[name]} has shape {list(self.shapes[name])}, config.json asks for "
                     f"{list(placement.shape)}; the weights and the config are of different models"
                 )
+            if self.dtypes[name] not in DTYPES:
+                raise UserError(
+                    f"{self.files[name]}: {self.names[name]} is {self.dtypes[name]}; mmdist reads {', '.join(DTYPES)}"
+                )
 
     def dtype(self, name: str) -> torch.dtype:
         return DTYPES[self.dtypes[name]]
@@ -157,8 +161,13 @@ class SplitCheckpoint(Checkpoint):
         super().check(plan, arch)
         with open_safetensors(self.path) as file:
             there = set(file.keys())
-        for entry in self.entries.values():
-            if any(part.rank == self.rank for part in entry.parts) and entry.name not in there:
+        tp = TP(self.rank, self.manifest.world_size)
+        for entry in (self.entries[placement.name] for placement in plan.values() if placement.held_by(tp)):
+            if [part.rank for part in entry.parts].count(self.rank) != 1:
+                raise UserError(
+                    f"{self.folder / MANIFEST}: {entry.name} has no part for rank {self.rank}; run weights_tools split again"
+                )
+            if entry.name not in there:
                 raise UserError(f"{self.path}: {entry.name} is missing; run weights_tools split again")
 
     def read(self, placement: Placement, tp: TP) -> torch.Tensor:
@@ -167,10 +176,11 @@ class SplitCheckpoint(Checkpoint):
         with open_safetensors(self.path) as file:
             tensor = file.get_tensor(entry.name)
         wanted = placement.part_shape(tp)
-        if tuple(tensor.shape) != wanted or [list(r) for r in placement.ranges(tp)] != part.ranges:
+        same_rows = [list(rows) for rows in placement.ranges(tp)] == part.ranges
+        if tuple(tensor.shape) != wanted or not same_rows or tensor.dtype != self.dtype(placement.name):
             raise UserError(
-                f"{self.path}: {entry.name} has shape {list(tensor.shape)}, rows {part.ranges}; this mmdist cuts it to "
-                f"{list(wanted)}, rows {placement.ranges(tp)}; run weights_tools split again"
+                f"{self.path}: {entry.name} is {tensor.dtype} {list(tensor.shape)}, rows {part.ranges}; expected "
+                f"{entry.dtype} {list(wanted)}, rows {placement.ranges(tp)}; run weights_tools split again"
             )
         if sha256(tensor) != part.sha256:
             raise UserError(
@@ -182,18 +192,20 @@ class SplitCheckpoint(Checkpoint):
 def sha256(tensor: torch.Tensor) -> str:
     """Hash of the tensor's bytes in row-major order."""
     flat = tensor.contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()  # type: ignore[arg-type]
+    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def find_files(folder: Path) -> list[Path]:
     """The safetensors files of a Hugging Face folder, in the order of their names."""
     if (folder / INDEX).exists():
         try:
-            weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError) as error:
+            names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder / INDEX}: not a safetensors index ({error!r}); copy it again") from error
-        return [folder / name for name in sorted(set(weight_map.values()))]
+        return [folder / name for name in sorted(names)]
     files = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
+    if any(fnmatch.fnmatchcase(path.name, PART_FILES) for path in files):
+        raise UserError(f"{folder}: parts of weights_tools split without their {MANIFEST}; copy it, or split again")
     if not files:
         raise UserError(
             f"{folder}: config.json but no *.safetensors: the weights are missing; copy them into this folder"

@@ -1,0 +1,142 @@
+"""What the tests share: ranks as threads of one process, golden cases, and a loader for a rank's engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.multi_threaded_pg import (
+    ProcessLocalGroup,
+    _install_threaded_pg,
+    _uninstall_threaded_pg,
+)
+
+from mmdist.backend import Backend
+from mmdist.config import Config, EngineConfig, ModelConfig, SamplingParams
+from mmdist.engine.engine import Engine
+from mmdist.engine.load import load_engine
+from mmdist.engine.request import Output, Request
+from mmdist.tasks.requests import load_image
+from mmdist.tp import TP
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+CASES = ("llava_next_mistral", "llava_next_vicuna", "llava_next_34b")
+CPU = Backend(torch.device("cpu"), "gloo")
+
+torch.set_num_threads(1)
+
+
+@dataclass
+class Case:
+    """A golden case: a tiny checkpoint, its inputs, and what the reference code made of them."""
+
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        return GOLDEN / self.name
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint"
+
+    @property
+    def items(self) -> dict[str, dict[str, Any]]:
+        return {item["id"]: item for item in json.loads((self.folder / "inputs" / "items.json").read_text())["items"]}
+
+    def reference(self) -> Any:
+        return np.load(self.folder / "golden.npz")
+
+    def image_paths(self, item_id: str) -> list[Path]:
+        return [self.folder / "inputs" / name for name in self.items[item_id].get("images", [])]
+
+    def request(self, engine: Engine, item_id: str, **params: Any) -> Request:
+        images = [load_image(path) for path in self.image_paths(item_id)]
+        prompt = engine.prompts.prompt(messages=self.items[item_id]["messages"], images=images)
+        return Request(item_id, prompt, SamplingParams(**params))
+
+
+def config_for(checkpoint: Path, *, model: str = "llava_next", dtype: str = "float32", **engine: Any) -> Config:
+    settings = EngineConfig(**{"max_model_len": 512, "max_num_seqs": 4, **engine})
+    return Config(checkpoint=str(checkpoint), model=ModelConfig(name=model), dtype=dtype, engine=settings)
+
+
+def run_ranks(size: int, work: Callable[[TP], Any]) -> list[Any]:
+    """work(tp) on each of `size` ranks, which are threads over torch's threaded process group; their results."""
+    if size == 1:
+        return [work(TP())]
+    results: list[Any] = [None] * size
+    errors: list[BaseException] = []
+    store = dist.HashStore()
+
+    def rank_main(rank: int) -> None:
+        try:
+            dist.init_process_group("threaded", rank=rank, world_size=size, store=store)
+            results[rank] = work(TP(rank, size, dist.group.WORLD))
+            dist.destroy_process_group()
+        except BaseException as error:
+            errors.append(error)
+
+    _install_threaded_pg()
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    try:
+        threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive() and not errors:
+                thread.join(0.05)
+    finally:
+        ProcessLocalGroup.reset()
+        _uninstall_threaded_pg()
+        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+    if errors:
+        raise errors[0]
+    return results
+
+
+def run_engine(size: int, config: Config, work: Callable[[Engine], Any]) -> Any:
+    """work(engine) on rank 0 of `size` ranks, the others following; rank 0's result."""
+
+    def rank_work(tp: TP) -> Any:
+        engine = load_engine(config, tp, CPU)
+        if tp.rank > 0:
+            return engine.follow()
+        result = work(engine)
+        engine.stop()
+        return result
+
+    return run_ranks(size, rank_work)[0]
+
+
+def answers(engine: Engine, requests: list[Request]) -> dict[str, Output]:
+    """The last output of each request."""
+    return {output.id: output for output in engine.generate(requests) if output.finish_reason is not None}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(request.param)
+
+
+@pytest.fixture
+def mistral() -> Case:
+    return Case("llava_next_mistral")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs write outputs/ into the test's own folder; nothing of a surrounding launcher leaks in."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
