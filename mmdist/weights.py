@@ -165,7 +165,8 @@ class SplitCheckpoint(Checkpoint):
         for entry in (self.entries[placement.name] for placement in plan.values() if placement.held_by(tp)):
             if [part.rank for part in entry.parts].count(self.rank) != 1:
                 raise UserError(
-                    f"{self.folder / MANIFEST}: {entry.name} has no part for rank {self.rank}; run weights_tools split again"
+                    f"{self.folder / MANIFEST}: {entry.name} has no part for rank {self.rank}; "
+                    "run weights_tools split again"
                 )
             if entry.name not in there:
                 raise UserError(f"{self.path}: {entry.name} is missing; run weights_tools split again")

@@ -37,10 +37,9 @@ class Detokenizer:
         return bool(found)
 
     def finish(self) -> bool:
-        """Release what was held back as an incomplete character; True when that completes a stop text."""
-        before = self.decode(self.token_ids[self.window_start : self.window_end])
-        rest = self.decode(self.token_ids[self.window_start :])[len(before) :]
-        return self._extend(rest)
+        """Decode the whole answer at once (broken characters look different so); True when it has a stop text."""
+        self.text = ""
+        return self._extend(self.decode(self.token_ids))
 
     def take(self, *, finished: bool) -> str:
         """Text not yet taken; the beginning of a possible stop text stays until it is decided."""
