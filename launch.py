@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 
 import hydra
@@ -19,12 +20,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mmdist.config import FREE_TEXT_KEYS, TASKS, Config, UserError
+from mmdist.config import EXIT_INTERRUPTED, EXIT_USER_ERROR, FREE_TEXT_KEYS, TASKS, Config, UserError
 from mmdist.launch import guard_rank, run_rank, start
-from mmdist.usage import usage
+from mmdist.usage import all_keys, usage
 
 CONF = str(Path(__file__).parent / "conf")
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
 def main() -> int:
@@ -87,16 +87,21 @@ def to_config(composed: DictConfig) -> Config:
 
 
 def user_error(error: Exception) -> int:
-    """One line on stderr, without what Hydra adds about itself."""
-    text = " ".join(str(error).split())
-    text = text.partition(" To append to your config use ")[0].partition(" Config search path:")[0]
-    print(
-        f"error: {text}; python launch.py --help lists the keys and groups"
-        if ".yaml" not in text
-        else f"error: {text}",
-        file=sys.stderr,
-    )
+    text = str(error) if isinstance(error, UserError) else explain(error)
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
     return EXIT_USER_ERROR
+
+
+def explain(error: Exception) -> str:
+    """What Hydra or OmegaConf refused, in our words: the key or value, and what is legal."""
+    text = str(error).partition("Config search path:")[0]
+    unknown = re.match(r"Could not override '(.*)'", text) or re.match(r"Key '(.*)' is not in struct", text)
+    if unknown:
+        close = get_close_matches(unknown[1], all_keys(), n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"{unknown[1]}: this task has no such key; {hint}python launch.py --help lists them"
+    cause = str(error.__cause__).partition("full_key")[0] if error.__cause__ else ""
+    return f"{text} {cause}; python launch.py --help lists keys, groups and their values"
 
 
 def quote_free_text(arguments: list[str]) -> list[str]:

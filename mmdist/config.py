@@ -12,6 +12,8 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 FREE_TEXT_KEYS = ("prompt", "image", "input", "output", "checkpoint", "output_dir", "model.chat_template")
 
+EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+
 
 class UserError(ValueError):
     """A mistake of the user: shown as one line without a traceback, exit code 2."""

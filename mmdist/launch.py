@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from mmdist.agent import run_agent
 from mmdist.backend import count_devices, find_device, init_backend, threads_per_rank
-from mmdist.config import Config, UserError
+from mmdist.config import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, Config, UserError
 from mmdist.engine.load import find_checkpoint, load_engine
 from mmdist.log import init_log
 from mmdist.models.base import check_world_size, find_model, legal_world_sizes, load_model_config
@@ -29,7 +29,6 @@ from mmdist.tasks.job import make_output_dir
 from mmdist.tp import init_tp
 
 log = logging.getLogger("mmdist.launch")
-EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -72,6 +71,8 @@ def run_rank(config: Config) -> int:
     """The whole program of one rank; returns its exit code."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     init_log(rank, size)
+    task = load_task(config.task)
+    task.check(config)
     if config.world_size not in ("auto", size):
         raise UserError(f"world_size={config.world_size}, but torchrun started {size} ranks; leave world_size= out")
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -85,7 +86,7 @@ def run_rank(config: Config) -> int:
         engine.follow()
         code = 0
     else:
-        code = load_task(config.task).run(config, engine)
+        code = task.run(config, engine)
         engine.stop()
     if size > 1:
         dist.destroy_process_group()

@@ -38,6 +38,13 @@ def usage(conf: Path) -> str:
     return "\n\n".join([*sections, EXAMPLES])
 
 
+def all_keys() -> list[str]:
+    """Every key a user can type, groups' keys with their prefix."""
+    own = {f.name for schema in TASKS.values() for f in fields(schema) if not is_group(f)}
+    inner = [f"{f.name}.{k.name}" for f in fields(Config) if is_group(f) for k in fields(default_of(f))]
+    return sorted(own) + inner
+
+
 def groups(conf: Path) -> str:
     rows = []
     for folder in sorted(path for path in conf.iterdir() if path.is_dir()):

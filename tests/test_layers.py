@@ -121,7 +121,9 @@ def test_collectives(size: int) -> None:
 
     for reduced, gathered, sent, small, large in run_ranks(size, work):
         assert (reduced == sum(range(size))).all()
-        assert gathered.shape == (2, 3 * size) and gathered[0].tolist() == [float(r) for r in range(size) for _ in "abc"]
+        assert gathered.shape == (2, 3 * size) and gathered[0].tolist() == [
+            float(r) for r in range(size) for _ in "abc"
+        ]
         assert (sent == 0).all() and small == {"from": 0} and large == list(range(10000))
 
 

@@ -157,7 +157,7 @@ def load_model_config(family: type[MultimodalModel], folder: Path) -> Any:
     if model_type != family.config_class.model_type:
         raise UserError(
             f"{path}: model_type is {model_type}, model={name} wants "
-            f"{family.config_class.model_type}; choose another model= ({', '.join(list_models())}) or another checkpoint"
+            f"{family.config_class.model_type}; choose another model= ({', '.join(list_models())}) or checkpoint="
         )
     return family.config_class.from_pretrained(folder)
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import queue
 import readline  # noqa: F401  line editing for input()
+import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmdist.config import SAMPLING_KEYS, ChatConfig, SamplingParams, UserError
+from mmdist.config import EXIT_INTERRUPTED, SAMPLING_KEYS, ChatConfig, SamplingParams, UserError
 from mmdist.engine.engine import Engine
 from mmdist.engine.load import REPOSITORY
 from mmdist.engine.request import Request
@@ -43,11 +46,10 @@ def run(config: ChatConfig, engine: Engine) -> int:
         print(f"{config.model.demo_image}: {prompt}")
     if image is not None:
         conversation.show(Path(image))
-    if prompt is not None:
-        conversation.ask(prompt)
-    else:
+    if prompt is None:
         converse(conversation)
-    return 0
+        return 0
+    return 0 if conversation.ask(prompt) else EXIT_INTERRUPTED
 
 
 class Conversation:
@@ -67,35 +69,41 @@ class Conversation:
         self.images.append(load_image(path))
         self.num_new_images += 1
 
-    def ask(self, text: str) -> None:
-        """Stream the answer to stdout; Ctrl-C ends the answer and keeps what there is of it."""
+    def ask(self, text: str) -> bool:
+        """Stream the answer to stdout; False when Ctrl-C ended it (what there is of it is kept)."""
         messages = [*self.messages, user_message(text, self.num_new_images)]
         prompt = self.engine.prompts.prompt(messages=messages, images=self.images)
-        request = Request("chat", prompt, self.params)
-        start, answer, num_tokens, first = time.perf_counter(), "", 0, 0.0
-        try:
+        answer, interrupted = self._stream(Request("chat", prompt, self.params))
+        self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]}]
+        self.num_new_images = 0
+        return not interrupted
+
+    def _stream(self, request: Request) -> tuple[str, bool]:
+        start, first, answer, num_tokens = time.perf_counter(), 0.0, "", 0
+        with noted_interrupt() as interrupt:
             for output in self.engine.generate([request]):
                 if output.error is not None:
                     raise UserError(output.error)
                 first = first or time.perf_counter() - start
                 answer, num_tokens = output.text, len(output.token_ids)
                 print(output.delta, end="", flush=True)
-        except KeyboardInterrupt:
-            self.engine.abort("chat")
-            if not sys.stdin.isatty():
-                raise
+                if interrupt.is_set():
+                    self.engine.abort(request.id)
         print()
-        seconds = time.perf_counter() - start
-        log.info(
-            "%d prompt tokens, first token after %.2f s, %d tokens in %.2f s",
-            len(prompt.token_ids),
-            first,
-            num_tokens,
-            seconds,
-        )
-        content = [{"type": "text", "text": answer.strip()}]
-        self.messages = [*messages, {"role": "assistant", "content": content}]
-        self.num_new_images = 0
+        words = "%d prompt tokens, first token after %.2f s, %d tokens in %.2f s"
+        log.info(words, len(request.prompt.token_ids), first, num_tokens, time.perf_counter() - start)
+        return answer, interrupt.is_set()
+
+
+@contextmanager
+def noted_interrupt() -> Iterator[threading.Event]:
+    """Ctrl-C sets an event: an exception in the middle of a step would leave the other ranks in it."""
+    event = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda signum, frame: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def converse(conversation: Conversation) -> None:
