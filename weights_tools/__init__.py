@@ -1,0 +1,1 @@
+"""Checkpoints cut for their ranks ahead of time: `weights_tools split`, `inspect` and `verify`."""

@@ -1,0 +1,70 @@
+"""The folder a split makes: may it be made, what else goes into it, and the rename that makes it whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from mmdist.config import UserError
+from mmdist.manifest import MANIFEST
+from weights_tools.display import size_words
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+
+
+def check_target(dst: Path, force: bool) -> None:
+    if not dst.exists():
+        return
+    made_by_split = (dst / MANIFEST).exists()
+    if not force:
+        hint = "choose another --dst" + (", or --force to replace it" if made_by_split else "")
+        raise UserError(f"{dst}: is there already; {hint}")
+    if not made_by_split:
+        raise UserError(f"{dst}: not a folder made by split, so --force does not replace it; choose another --dst")
+
+
+def check_space(partial: Path, sizes: dict[str, int]) -> None:
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    there = sum(path.stat().st_blocks * 512 for path in partial.glob("*.safetensors"))
+    needed, free = sum(sizes.values()) - there, shutil.disk_usage(partial.parent).free
+    if needed > free:
+        raise UserError(
+            f"{partial.parent}: {size_words(needed)} needed, {size_words(free)} free; make room or choose another --dst"
+        )
+
+
+def copy_other_files(src: Path, dst: Path) -> None:
+    """Config, tokenizer and processor files: all that is neither weights nor their index."""
+    for path in other_files(src):
+        shutil.copyfile(path, dst / path.name)
+
+
+def other_files(folder: Path) -> list[Path]:
+    def wanted(path: Path) -> bool:
+        weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+        return path.is_file() and not weights and not path.name.startswith(".")
+
+    return sorted(path for path in folder.iterdir() if wanted(path))
+
+
+def publish(partial: Path, dst: Path, force: bool) -> None:
+    """Rename; a folder that is replaced is moved away first and removed last."""
+    check_target(dst, force)
+    replaced = dst.with_name(f"{dst.name}.replaced.partial")
+    if dst.exists():
+        dst.rename(replaced)
+    partial.rename(dst)
+    sync_all([dst.parent])
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sync_all(paths: Iterable[Path]) -> None:
+    """Files or folders to the disk."""
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

@@ -1,0 +1,91 @@
+"""What the verbs work on: the family and folder that MODEL stands for, and the plan of a folder's model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+import mmdist
+from mmdist.config import UserError
+from mmdist.manifest import MANIFEST, load_manifest
+from mmdist.models.base import build_model, find_model, list_models, load_model_config
+from mmdist.plan import Plan, shard_plan
+from mmdist.tp import TP
+from mmdist.weights import Checkpoint
+
+REPOSITORY = Path(mmdist.__file__).parent.parent
+
+
+def find_source(model: str, src: str | None) -> tuple[str, Path]:
+    """MODEL and --src of the command line -> (family, folder of whole tensors)."""
+    if model in list_models():
+        folder = absolute(src) if src is not None else demo_checkpoint(model)
+    elif src is not None:
+        raise UserError(f"{model}: with --src, MODEL is the name of a family; there are: {', '.join(list_models())}")
+    elif not Path(model).is_dir():
+        raise UserError(f"{model}: neither a folder nor a family; the families are: {', '.join(list_models())}")
+    else:
+        folder = absolute(model)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give one with config.json and *.safetensors as --src")
+    if (folder / MANIFEST).exists():
+        manifest = load_manifest(folder)
+        raise UserError(f"{folder}: split already, for {manifest.world_size} ranks; give its source: {manifest.source}")
+    return (model if model in list_models() else find_family(folder)), folder
+
+
+def absolute(path: str) -> Path:
+    """Absolute and without `..`, symbolic links kept: the folder's own name gives the default of --dst."""
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def demo_checkpoint(model: str) -> Path:
+    path = REPOSITORY / "conf" / "model" / f"{model}.yaml"
+    demo = OmegaConf.to_container(OmegaConf.load(path)).get("demo_checkpoint") if path.exists() else None  # type: ignore[union-attr]
+    if demo is None:
+        raise UserError(f"{model}: no demo_checkpoint in {path}; give the checkpoint as --src FOLDER")
+    return REPOSITORY / demo
+
+
+def find_family(folder: Path) -> str:
+    """The family whose model type is the one in the folder's config.json."""
+    path = folder / "config.json"
+    try:
+        model_type = json.loads(path.read_text()).get("model_type")
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: no config.json in it; give a folder with config.json and *.safetensors") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise UserError(f"{path}: not a JSON object ({error}); copy it again") from error
+    for name in list_models():
+        config_class: Any = find_model(name).config_class
+        if config_class.model_type == model_type:
+            return name
+    raise UserError(f"{path}: model_type {model_type} is of no family here; there are: {', '.join(list_models())}")
+
+
+def load_plan(family: str, folder: Path, world_size: int) -> tuple[Any, Plan]:
+    """(the model's config, who holds what); refuses a size the model cannot be cut into."""
+    kind = find_model(family)
+    config = load_model_config(kind, folder)
+    tp = TP(0, world_size)
+    return config, shard_plan(build_model(kind, config, tp, torch.float32), tp)
+
+
+def open_source(family: str, folder: Path) -> Checkpoint:
+    kind = find_model(family)
+    return Checkpoint(folder, kind.renames, kind.ignored)
+
+
+def count_bytes(dtype: str, shape: tuple[int, ...] | list[int]) -> int:
+    """Bytes of a tensor from safetensors' word for its dtype (F16, BF16, F8_E4M3, BOOL, ...) and its shape."""
+    bits = re.search(r"\d+", dtype)
+    itemsize = int(bits.group()) // 8 if bits else 1
+    for size in shape:
+        itemsize *= size
+    return itemsize

@@ -1,0 +1,24 @@
+"""Values no weight should have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+# Values looked at in one go: the memory this takes beside the tensor stays small.
+CHUNK = 1 << 24
+
+
+def bad_values(tensor: torch.Tensor) -> Iterator[str]:
+    """Nothing, or one line of words about NaN and infinite values."""
+    if not tensor.is_floating_point():
+        return
+    num_nan = num_inf = 0
+    for chunk in tensor.flatten().split(CHUNK):
+        chunk = chunk.float() if chunk.dtype.itemsize == 1 else chunk  # float8 has no isfinite
+        if not chunk.isfinite().all():
+            num_nan += int(chunk.isnan().sum())
+            num_inf += int(chunk.isinf().sum())
+    if num_nan or num_inf:
+        yield f"has {num_nan} NaN and {num_inf} infinite values (of {tensor.numel()})"
