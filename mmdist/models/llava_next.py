@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 import transformers  # classes are looked up when used: importing them here would triple the start-up time
 from torch import nn
@@ -131,7 +132,10 @@ class LlavaNextPrompts(Processor):
             raise UserError(
                 f"{self.folder}: no chat template in it; give raw prompts, or a jinja file as model.chat_template=FILE"
             )
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        try:
+            return self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            raise UserError(f"messages: the chat template refuses them: {error}") from error
 
     def decode(self, token_ids: list[int]) -> str:
         return self.processor.tokenizer.decode(token_ids, skip_special_tokens=True)

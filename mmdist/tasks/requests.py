@@ -16,6 +16,7 @@ from mmdist.engine.request import Request
 from mmdist.models.base import Processor
 
 REQUEST_KEYS = {"id", "messages", "prompt", "images", *SAMPLING_KEYS}
+ROLES = ("system", "user", "assistant")
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 
@@ -61,14 +62,48 @@ def build_request(entry: dict[str, Any], processor: Processor, defaults: Samplin
     if ("messages" in entry) == ("prompt" in entry):
         raise UserError('a request has either "messages" or "prompt"')
     params = merge_params(entry, defaults)
-    images = [load_image(find_image(path, folder)) for path in image_paths(entry)]
-    if "prompt" in entry:
-        if not isinstance(entry["prompt"], str):
-            raise UserError(f"prompt: expected text, found {type(entry['prompt']).__name__}")
-        prompt = processor.prompt(text=entry["prompt"], images=images)
-    else:
-        prompt = processor.prompt(messages=entry["messages"], images=images)
-    return Request(str(entry["id"]), prompt, params)
+    messages = [check_message(message) for message in as_list(entry, "messages")] if "messages" in entry else None
+    text = entry.get("prompt")
+    if messages is None and not isinstance(text, str):
+        raise UserError(f"prompt: expected text, found {type(text).__name__}")
+    paths = image_paths(as_list(entry, "images"), messages or [])
+    images = [load_image(find_image(path, folder)) for path in paths]
+    return Request(str(entry["id"]), processor.prompt(messages=messages, text=text, images=images), params)
+
+
+def as_list(entry: dict[str, Any], name: str) -> list[Any]:
+    value = entry.get(name, [])
+    if not isinstance(value, list):
+        raise UserError(f"{name}: expected a list, found {type(value).__name__}")
+    return value
+
+
+def check_message(message: Any) -> dict[str, Any]:
+    """A chat message with its content as a list of parts (a bare text becomes one part)."""
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise UserError(f'messages: expected objects with a "role" of {", ".join(ROLES)}')
+    content = message.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list) or not all(map(is_part, parts)):
+        raise UserError('messages: "content" is text or a list of {"type": "text", "text": TEXT} and {"type": "image"}')
+    return {**message, "content": parts}
+
+
+def is_part(part: Any) -> bool:
+    if not isinstance(part, dict):
+        return False
+    return part.get("type") == "image" or (part.get("type") == "text" and isinstance(part.get("text"), str))
+
+
+def image_paths(images: list[Any], messages: list[dict[str, Any]]) -> list[str]:
+    """One path an image part: its own (transformers' "path"), else the next of the request's images."""
+    rest = iter(images)
+    parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
+    paths = [part["path"] if "path" in part else next(rest, None) for part in parts]
+    paths = [path for path in paths if path is not None] + list(rest)
+    if not all(isinstance(path, str) for path in paths):
+        raise UserError("images: expected a list of paths")
+    return paths
 
 
 def merge_params(entry: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
@@ -89,13 +124,6 @@ def has_type(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, int | float) if hint is float else isinstance(value, hint)
-
-
-def image_paths(entry: dict[str, Any]) -> list[str]:
-    images = entry.get("images", [])
-    if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
-        raise UserError("images: expected a list of paths")
-    return images
 
 
 def find_image(path: str, folder: Path) -> Path:
