@@ -6,8 +6,10 @@ The yaml files in conf/ choose among these; `python launch.py --help` prints the
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 FREE_TEXT_KEYS = ("prompt", "image", "input", "output", "checkpoint", "output_dir", "model.chat_template")

@@ -11,15 +11,12 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-import mmdist
-from mmdist.config import UserError
+from mmdist.config import REPOSITORY, UserError
 from mmdist.manifest import MANIFEST, load_manifest
 from mmdist.models.base import build_model, find_model, list_models, load_model_config
 from mmdist.plan import Plan, shard_plan
 from mmdist.tp import TP
 from mmdist.weights import Checkpoint
-
-REPOSITORY = Path(mmdist.__file__).parent.parent
 
 
 def find_source(model: str, src: str | None) -> tuple[str, Path]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mmdist.backend import Backend, memory_per_rank
-from mmdist.config import Config, UserError
+from mmdist.config import REPOSITORY, Config, UserError
 from mmdist.engine.cache import cache_shape
 from mmdist.engine.engine import Engine
 from mmdist.engine.memory import rank_memory
@@ -21,7 +21,6 @@ from mmdist.tp import TP
 from mmdist.weights import Checkpoint, load_weights, open_checkpoint
 
 log = logging.getLogger("mmdist.load")
-REPOSITORY = Path(__file__).resolve().parents[2]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -58,9 +57,9 @@ def open_model(config: Config, tp: TP, device: str) -> tuple[MultimodalModel, Pl
 
 
 def load_engine(config: Config, tp: TP, backend: Backend) -> Engine:
-    start = time.perf_counter()
     model, plan, checkpoint, model_config = open_model(config, tp, backend.device.type)
     refuse_too_large(config, model, plan, tp, backend)
+    start = time.perf_counter()
     bytes_read = load_weights(model, checkpoint, plan, tp, backend.device)
     log.info("%.1f MB of weights in %.1f s, %s", bytes_read / 1e6, time.perf_counter() - start, model.dtype)
     on_rank_zero = tp.rank == 0

@@ -101,7 +101,7 @@ class LlavaNextPrompts(Processor):
     def __init__(self, folder: Path, config: Any, options: ModelConfig):
         self.processor = transformers.LlavaNextProcessor.from_pretrained(folder)
         if options.chat_template is not None:
-            self.processor.chat_template = Path(options.chat_template).read_text()
+            self.processor.chat_template = read_template(Path(options.chat_template))
         self.folder = folder
         self.image_token_id = config.image_token_index
 
@@ -139,6 +139,13 @@ class LlavaNextPrompts(Processor):
 
     def decode(self, token_ids: list[int]) -> str:
         return self.processor.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+def read_template(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise UserError(f"model.chat_template={path}: cannot be read ({error.strerror}); give a jinja file") from error
 
 
 MODEL = LlavaNext

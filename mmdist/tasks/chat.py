@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmdist.config import EXIT_INTERRUPTED, SAMPLING_KEYS, ChatConfig, SamplingParams, UserError
+from mmdist.config import EXIT_INTERRUPTED, REPOSITORY, SAMPLING_KEYS, ChatConfig, SamplingParams, UserError
 from mmdist.engine.engine import Engine
-from mmdist.engine.load import REPOSITORY
 from mmdist.engine.request import Request
 from mmdist.tasks.requests import load_image, user_message
 
