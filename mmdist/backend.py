@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from mmdist.config import HardwareConfig, UserError
 
 GIB = 2**30
+log = logging.getLogger("mmdist.backend")
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,6 @@ class Backend:
     def synchronize(self) -> None:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
-
-    def default_dtype(self, stored: torch.dtype) -> torch.dtype:
-        """The dtype that dtype=auto stands for; CPUs have no fast float16 matrix product."""
-        return torch.bfloat16 if self.device.type == "cpu" and stored == torch.float16 else stored
 
 
 def find_device(hardware: HardwareConfig) -> str:
@@ -52,8 +50,12 @@ def threads_per_rank(hardware: HardwareConfig, local_size: int) -> int:
     """hardware.threads_per_rank, else OMP_NUM_THREADS, else the rank's share of the cores."""
     if hardware.threads_per_rank is not None:
         return hardware.threads_per_rank
-    user_set = os.environ.get("OMP_NUM_THREADS", "")
-    return int(user_set) if user_set.isdigit() else max(1, count_cores() // local_size)
+    user_set, share = os.environ.get("OMP_NUM_THREADS", ""), max(1, count_cores() // local_size)
+    if user_set == "1" and share > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        log.info(
+            "OMP_NUM_THREADS=1 (torchrun's default) is kept; hardware.threads_per_rank=%d would use all cores", share
+        )
+    return int(user_set) if user_set.isdigit() else share
 
 
 def init_backend(hardware: HardwareConfig, *, local_rank: int, local_size: int) -> Backend:

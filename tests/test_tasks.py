@@ -217,6 +217,18 @@ def test_what_does_not_fit_is_refused_before_loading(mistral: Case) -> None:
         load_engine(config, TP(0, 2), CPU)
 
 
+def test_cache_shrinks_to_what_fits(mistral: Case) -> None:
+    """With memory for part of the cache, fewer blocks are made and said; the answers stay."""
+    config = config_for(mistral.checkpoint, max_num_seqs=64, max_num_batched_tokens=64)
+    model, plan, _, _ = open_model(config, TP(), "cpu")
+    need = rank_memory(model, plan, TP(), config.engine)
+    config.hardware.memory_gib = (need.total - need.kv_bytes * 0.9) / 0.9 / 2**30
+    engine = load_engine(config, TP(), CPU)
+    blocks = len(engine.scheduler.blocks.free)
+    assert 512 // 16 <= blocks < 0.2 * 64 * 512 / 16
+    assert engine.runner.cache.k.nbytes + engine.runner.cache.v.nbytes <= need.kv_bytes * 0.1 + 1
+
+
 def test_memory_grows_with_what_it_counts(mistral: Case) -> None:
     def memory(size: int, **engine: int) -> Any:
         config = config_for(mistral.checkpoint, **engine)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmdist.backend import Backend, memory_per_rank
-from mmdist.config import REPOSITORY, Config, UserError
+from mmdist.backend import GIB, Backend, memory_per_rank
+from mmdist.config import REPOSITORY, Config, EngineConfig, UserError
 from mmdist.engine.cache import cache_shape
 from mmdist.engine.engine import Engine
 from mmdist.engine.memory import rank_memory
@@ -58,26 +59,36 @@ def open_model(config: Config, tp: TP, device: str) -> tuple[MultimodalModel, Pl
 
 def load_engine(config: Config, tp: TP, backend: Backend) -> Engine:
     model, plan, checkpoint, model_config = open_model(config, tp, backend.device.type)
-    refuse_too_large(config, model, plan, tp, backend)
+    settings = fit_cache(config, model, plan, tp, backend)
     start = time.perf_counter()
     bytes_read = load_weights(model, checkpoint, plan, tp, backend.device)
     log.info("%.1f MB of weights in %.1f s, %s", bytes_read / 1e6, time.perf_counter() - start, model.dtype)
     on_rank_zero = tp.rank == 0
     processor = type(model).load_processor(checkpoint.folder, model_config, config.model) if on_rank_zero else None
     eos = find_eos(checkpoint.folder, model_config)
-    return Engine(model, tp, config.engine, backend, processor=processor, eos_token_ids=eos)
+    return Engine(model, tp, settings, backend, processor=processor, eos_token_ids=eos)
 
 
-def refuse_too_large(config: Config, model: MultimodalModel, plan: Plan, tp: TP, backend: Backend) -> None:
-    need = rank_memory(model, plan, tp, config.engine).total
+def fit_cache(config: Config, model: MultimodalModel, plan: Plan, tp: TP, backend: Backend) -> EngineConfig:
+    """The engine's settings with as many cache blocks as memory holds; refused where one request would not fit.
+
+    Every rank reckons for rank 0, which needs the most, so that all agree.
+    """
+    shape = cache_shape(model, config.engine)
+    need = rank_memory(model, plan, TP(0, tp.size), config.engine)
     have = memory_per_rank(config.hardware, backend.device.type, tp.size)
-    if need > have:
-        shape = cache_shape(model, config.engine)
+    if need.total <= have:
+        return config.engine
+    num_blocks = (have - need.total + need.kv_bytes) * shape.num_blocks // need.kv_bytes
+    if config.engine.num_blocks is not None or num_blocks * shape.block_size < shape.max_model_len:
         raise UserError(
-            f"rank {tp.rank} needs {need / 2**30:.2f} GiB, has {have / 2**30:.2f} GiB: lower engine.max_num_seqs="
+            f"rank 0 needs {need.total / GIB:.2f} GiB, has {have / GIB:.2f} GiB: lower engine.max_num_seqs="
             f"{config.engine.max_num_seqs} or engine.max_model_len={shape.max_model_len}, or use more ranks; "
             "task=plan shows where it goes"
         )
+    words = "%d of %d KV cache blocks fit %.2f GiB: requests may have to wait or be computed again"
+    log.warning(words, num_blocks, shape.num_blocks, have / GIB)
+    return replace(config.engine, num_blocks=num_blocks)
 
 
 def find_eos(folder: Path, model_config: Any) -> set[int]:
