@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,11 +30,11 @@ HOST = "127.0.0.1"
 SHUTDOWN_S = 5  # from SIGTERM to SIGKILL for the ranks that are left when one has failed
 
 
-def run_agent(command: list[str], size: int, config: LauncherConfig) -> int:
-    """Run `command` as `size` ranks; the exit code of the job, the first cause of a failure printed on stderr."""
-    with take_port(config) as port, tempfile.TemporaryDirectory(prefix="mmdist-") as log_dir:
+def run_agent(command: list[str], size: int, config: LauncherConfig, threads: int) -> int:
+    """Run `command` as `size` ranks of `threads` CPU threads; the job's exit code, a failure's cause on stderr."""
+    port_taken, folder = take_port(config), tempfile.TemporaryDirectory(prefix="mmdist-")
+    with port_taken as port, folder as log_dir, rank_environment(threads):
         log.info("starting %d ranks, MASTER_PORT=%d", size, port)
-        os.environ["MMDIST_AGENT"] = str(os.getpid())
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we report failures ourselves
         agent = build_agent(command, size, port, log_dir)
         with forward_interrupts(agent):
@@ -44,9 +45,25 @@ def run_agent(command: list[str], size: int, config: LauncherConfig) -> int:
         return report(result.failures) if result.is_failed() else 0
 
 
+@contextmanager
+def rank_environment(threads: int) -> Iterator[None]:
+    """What the ranks inherit beyond the user's own environment, which wins."""
+    ours = {
+        "MMDIST_AGENT": str(os.getpid()),
+        # SIGINT is ours: rank 0 decides what Ctrl-C means (a chat only stops its answer).
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGHUP,SIGQUIT",
+        "OMP_NUM_THREADS": str(threads),
+    }
+    added = {name: value for name, value in ours.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
 def build_agent(command: list[str], size: int, port: int, log_dir: str) -> LocalElasticAgent:
-    # SIGINT is ours: rank 0 decides what Ctrl-C means (a chat only stops its answer).
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGHUP,SIGQUIT"
     parameters = RendezvousParameters("static", f"{HOST}:{port}", f"mmdist-{os.getpid()}", 1, 1, rank=0, timeout=60)
     spec = WorkerSpec(
         role="rank",
@@ -64,9 +81,16 @@ def build_agent(command: list[str], size: int, port: int, log_dir: str) -> Local
 
 @contextmanager
 def forward_interrupts(agent: LocalElasticAgent) -> Iterator[None]:
-    """Pass Ctrl-C on to the ranks, which live in sessions of their own and do not hear the terminal."""
+    """Pass Ctrl-C on to the ranks, which live in sessions of their own and do not hear the terminal.
+
+    Pressed three times within two seconds it ends the job, whatever the ranks are doing.
+    """
+    pressed = [float("-inf")] * 3
 
     def forward(signum: int, frame: object) -> None:
+        pressed.append(time.monotonic())
+        if pressed[-1] - pressed[-3] < 2:
+            raise KeyboardInterrupt
         for worker in agent.get_worker_group().workers:
             with suppress(ProcessLookupError, TypeError):  # it has ended, or has not begun
                 os.kill(worker.id, signum)

@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from mmdist.agent import run_agent
 from mmdist.backend import count_devices, find_device, init_backend, threads_per_rank
 from mmdist.config import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, Config, UserError
-from mmdist.engine.load import find_checkpoint, load_engine
+from mmdist.engine.load import asked_world_size, find_checkpoint, load_engine
 from mmdist.log import init_log
 from mmdist.models.base import check_world_size, find_model, legal_world_sizes, load_model_config
 from mmdist.tasks.job import make_output_dir
@@ -50,21 +50,20 @@ def start(config: Config, command: list[str]) -> int:
     size = find_world_size(config)
     if size == 1:
         return run_rank(config)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(config.hardware, size)))
-    return run_agent([*command, f"world_size={size}"], size, config.launcher)
+    threads = threads_per_rank(config.hardware, size)
+    return run_agent([*command, f"world_size={size}"], size, config.launcher, threads)
 
 
 def find_world_size(config: Config) -> int:
-    """world_size=, checked; auto: as many ranks as devices, rounded down to a legal size."""
+    """world_size=, refused where the model or the machine cannot have it."""
     family = find_model(config.model.name)
     model_config = load_model_config(family, find_checkpoint(config))
     device = find_device(config.hardware)
-    if isinstance(config.world_size, int):
-        check_world_size(model_config, config.world_size)
-        if device != "cpu" and config.world_size > count_devices(device):
-            raise UserError(f"world_size={config.world_size}: {count_devices(device)} {device} devices are visible")
-        return config.world_size
-    return max(size for size in legal_world_sizes(model_config) if size <= max(1, count_devices(device)))
+    size = asked_world_size(config, legal_world_sizes(model_config), device)
+    check_world_size(model_config, size)
+    if device != "cpu" and size > count_devices(device):
+        raise UserError(f"world_size={size}: {count_devices(device)} {device} devices are visible")
+    return size
 
 
 def run_rank(config: Config) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mmdist.backend import GIB, Backend, memory_per_rank
+from mmdist.backend import GIB, Backend, count_devices, memory_per_rank
 from mmdist.config import REPOSITORY, Config, EngineConfig, UserError
 from mmdist.engine.cache import cache_shape
 from mmdist.engine.engine import Engine
@@ -32,6 +32,13 @@ def find_checkpoint(config: Config) -> Path:
     if config.model.demo_checkpoint is None:
         raise UserError(f"model={config.model.name} ships no checkpoint; give one with checkpoint=DIR")
     return REPOSITORY / config.model.demo_checkpoint
+
+
+def asked_world_size(config: Config, legal: list[int], device: str) -> int:
+    """world_size=; auto: as many ranks as devices, rounded down to a legal size."""
+    if isinstance(config.world_size, int):
+        return config.world_size
+    return max(size for size in legal if size <= max(1, count_devices(device)))
 
 
 def find_dtype(config: Config, checkpoint: Checkpoint, plan: Plan, device: str) -> torch.dtype:

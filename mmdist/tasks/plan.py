@@ -7,15 +7,14 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from mmdist.backend import count_devices, find_device, memory_per_rank
+from mmdist.backend import GIB, find_device, memory_per_rank
 from mmdist.config import PlanConfig, UserError
-from mmdist.engine.load import find_checkpoint, open_model
+from mmdist.engine.load import asked_world_size, find_checkpoint, open_model
 from mmdist.engine.memory import RankMemory, rank_memory
 from mmdist.models.base import check_world_size, find_model, legal_world_sizes, load_model_config
 from mmdist.tp import TP
 
 ON_RANKS = False
-GIB = 2**30
 
 
 def check(config: PlanConfig) -> None:
@@ -26,9 +25,7 @@ def run(config: PlanConfig) -> int:
     device = find_device(config.hardware)
     model_config = load_model_config(find_model(config.model.name), find_checkpoint(config))
     legal = legal_world_sizes(model_config)
-    size = config.world_size
-    if not isinstance(size, int):
-        size = max(n for n in legal if n <= max(1, count_devices(device)))
+    size = asked_world_size(config, legal, device)
     plan: dict[str, Any] = {"world_size": size, "legal_world_sizes": legal, "fits": False}
     try:
         check_world_size(model_config, size)
