@@ -110,6 +110,8 @@ def test_wrong_keys_and_values(mistral: Case, monkeypatch: Any, capsys: Any, arg
 
 def broken(source: Path, folder: Path, how: str) -> Path:
     """A copy of a checkpoint with one thing wrong."""
+    if how == "no folder":
+        return folder
     shutil.copytree(source, folder)
     file = folder / "model-00002-of-00003.safetensors"
     config = json.loads((folder / "config.json").read_text())
@@ -145,6 +147,7 @@ def broken(source: Path, folder: Path, how: str) -> Path:
 
 
 BROKEN = {
+    "no folder": "no such folder",
     "no weights": "no *.safetensors",
     "truncated": "model-00002-of-00003.safetensors: truncated",
     "missing shard": "model-00002-of-00003.safetensors: missing",

@@ -14,10 +14,10 @@ from conftest import CPU, Case, config_for
 from PIL import Image
 
 import launch
-from mmdist.config import GenerateConfig, ModelConfig, UserError
+from mmdist.config import GenerateConfig, ModelConfig, SamplingParams, UserError
 from mmdist.engine.load import load_engine, open_model
 from mmdist.engine.memory import rank_memory
-from mmdist.tasks import generate
+from mmdist.tasks import chat, generate
 from mmdist.tp import TP
 
 
@@ -104,7 +104,7 @@ def test_bad_requests_are_answered_and_the_others_go_on(mistral: Case) -> None:
     for name, (_, words) in bad.items():
         assert words in errors[name], (name, errors[name])
     assert "not JSON" in errors["line 15"] and '"id"' in errors["line 16"] and "given twice" in errors["ok"]
-    assert [answer["id"] for answer in answers if "text" in answer] == ["ok", "wide"]
+    assert [answer["id"] for answer in answers if "error" not in answer] == ["ok", "wide"]
 
 
 def test_folder_of_pictures_in_order(mistral: Case) -> None:
@@ -238,6 +238,31 @@ def test_memory_grows_with_what_it_counts(mistral: Case) -> None:
     small, wide, long = memory(2), memory(2, max_num_seqs=8), memory(2, max_model_len=1024)
     assert wide.kv_bytes == long.kv_bytes == 2 * small.kv_bytes
     assert memory(4).llm_bytes < small.llm_bytes and long.activation_bytes > small.activation_bytes
+
+
+def test_conversation_keeps_its_history(mistral: Case, monkeypatch: Any, capsys: Any) -> None:
+    """The second turn is computed from the first one's picture, question and answer; /reset forgets them."""
+    config = config_for(mistral.checkpoint, max_num_seqs=1)
+    conversation = chat.Conversation(load_engine(config, TP(), CPU), SamplingParams(max_new_tokens=3, ignore_eos=True))
+    prompts = []
+    build = type(conversation.engine.prompts).prompt
+    monkeypatch.setattr(
+        type(conversation.engine.prompts), "prompt", lambda self, **k: prompts.append(k) or build(self, **k)
+    )
+    image = mistral.image_paths("panorama")[0]
+    assert chat.obey(f"/image {image}", conversation) and chat.obey("What is it?", conversation)
+    answer = conversation.messages[-1]["content"][0]["text"]
+    assert chat.obey("Sure?", conversation)
+    roles = [message["role"] for message in prompts[1]["messages"]]
+    assert roles == ["user", "assistant", "user"] and len(prompts[1]["images"]) == 1
+    assert prompts[1]["messages"][1]["content"][0]["text"] == answer
+    chat.obey("/reset", conversation)
+    chat.obey("Again?", conversation)
+    assert len(prompts[2]["messages"]) == 1 and prompts[2]["images"] == []
+    assert not chat.obey("/quit", conversation)
+    with pytest.raises(UserError, match=r"engine\.max_model_len=512"):
+        chat.obey("word " * 600, conversation)
+    assert chat.obey("Still there?", conversation)
 
 
 def test_model_options(mistral: Case, tmp_path: Path) -> None:

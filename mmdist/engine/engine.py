@@ -17,7 +17,7 @@ from mmdist.engine.batch import Batch, Scheduled, build_batch, image_embeds
 from mmdist.engine.blocks import BlockManager
 from mmdist.engine.cache import PagedCache, cache_shape
 from mmdist.engine.detokenizer import Detokenizer
-from mmdist.engine.request import Output, Request, Sequence
+from mmdist.engine.request import Output, Request, Sequence, failed
 from mmdist.engine.runner import Runner
 from mmdist.engine.sampler import logprobs_entry, sample
 from mmdist.engine.scheduler import Scheduler
@@ -111,7 +111,7 @@ class Engine:
             try:
                 self.add(request)
             except UserError as error:
-                yield Output(request.id, "", "", request.prompt.token_ids, [], None, "error", str(error))
+                yield failed(request.id, request.prompt.token_ids, str(error))
 
     def _encode_images(self, sequence: Sequence) -> None:
         vision = sequence.request.prompt.vision

@@ -37,6 +37,11 @@ class Output:
     error: str | None = None
 
 
+def failed(request_id: str, prompt_token_ids: list[int], error: str) -> Output:
+    """The one output of a request that could not be begun."""
+    return Output(request_id, "", "", prompt_token_ids, [], None, "error", error)
+
+
 @dataclass(eq=False)
 class Sequence:
     """A request on its way through the engine; on rank 0 only."""

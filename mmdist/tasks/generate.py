@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mmdist.config import GenerateConfig, UserError
 from mmdist.engine.engine import Engine
-from mmdist.engine.request import Output, Request
+from mmdist.engine.request import Output, Request, failed
 from mmdist.tasks.requests import build_request, read_folder, read_requests
 
 ON_RANKS = True
@@ -82,9 +82,7 @@ class Batch:
 
     def run(self, entries: list[dict[str, Any]]) -> None:
         for output in self.engine.generate(self.requests(entries)):
-            if output.finish_reason == "error":
-                self.fail(output.id, str(output.error))
-            elif output.finish_reason is not None:
+            if output.finish_reason is not None:
                 self.write(answer(output))
 
     def requests(self, entries: list[dict[str, Any]]) -> Iterator[Request]:
@@ -98,13 +96,10 @@ class Batch:
                 seen.add(name)
                 yield build_request(entry, self.engine.prompts, self.config, self.folder)
             except UserError as error:
-                self.fail(name, str(error))
-
-    def fail(self, request_id: str, error: str) -> None:
-        self.num_failed += 1
-        self.write({"id": request_id, "error": error})
+                self.write(answer(failed(name, [], str(error))))
 
     def write(self, line: dict[str, Any]) -> None:
+        self.num_failed += "error" in line
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         self.bar.update()
@@ -118,4 +113,8 @@ def answer(output: Output) -> dict[str, Any]:
         "prompt_token_ids": output.prompt_token_ids,
         "finish_reason": output.finish_reason,
     }
-    return line if output.logprobs is None else {**line, "logprobs": output.logprobs}
+    if output.error is not None:
+        line["error"] = output.error
+    if output.logprobs is not None:
+        line["logprobs"] = output.logprobs
+    return line
