@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from mmdist.agent import run_agent
 from mmdist.backend import count_devices, find_device, init_backend, threads_per_rank
 from mmdist.config import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, Config, UserError
+from mmdist.engine.engine import Engine
 from mmdist.engine.load import asked_world_size, find_checkpoint, load_engine
 from mmdist.log import init_log
 from mmdist.models.base import check_world_size, find_model, legal_world_sizes, load_model_config
@@ -81,14 +82,20 @@ def run_rank(config: Config) -> int:
     if rank == 0:
         make_output_dir(config)
     engine = load_engine(config, tp, backend)
-    if rank > 0:
-        engine.follow()
-        code = 0
-    else:
-        code = task.run(config, engine)
-        engine.stop()
+    code = lead(task, config, engine) if rank == 0 else engine.follow()
     if size > 1:
         dist.destroy_process_group()
+    return code
+
+
+def lead(task: ModuleType, config: Config, engine: Engine) -> int:
+    """Rank 0's part: the task; a user's mistake sends the other ranks home before it is reported."""
+    try:
+        code = task.run(config, engine)
+    except UserError:
+        engine.stop()
+        raise
+    engine.stop()
     return code
 
 

@@ -184,6 +184,14 @@ class Terminal:
         os.close(slave)
         self.seen = ""
 
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.job.kill()
+        self.job.wait()
+        os.close(self.master)
+
     def expect(self, text: str, seconds: float = 60) -> str:
         """Read on until `text` comes; what was read before it."""
         end = time.monotonic() + seconds
@@ -199,29 +207,39 @@ class Terminal:
 
 
 def test_conversation_in_a_terminal() -> None:
-    """Help, a picture, a question, Ctrl-C that stops the answer but not the program, reset, quit."""
-    person = Terminal(*MODEL, "world_size=2", "max_new_tokens=12", "ignore_eos=true")
-    person.expect("> ")
-    person.type(f"/image {MISTRAL / 'inputs' / 'panorama.png'}")
-    person.expect("> ")
-    person.type("Where is the boat?")
-    assert "Y\x145Y" in person.expect("> ").replace("^T", "\x14")
-    person.type("/image /nowhere.png")
-    assert "no such picture" in person.expect("> ")
-    person.type("/help")
-    assert "/reset" in person.expect("> ")
-    person.type("/quit")
-    assert person.job.wait(20) == 0
+    """A picture, a question, a mistake, help, quit."""
+    with Terminal(*MODEL, "world_size=2", "max_new_tokens=12", "ignore_eos=true") as person:
+        person.expect("> ")
+        person.type(f"/image {MISTRAL / 'inputs' / 'panorama.png'}")
+        person.expect("> ")
+        person.type("Where is the boat?")
+        assert "Y\x145Y" in person.expect("> ").replace("^T", "\x14")
+        person.type("/image /nowhere.png")
+        assert "no such picture" in person.expect("> ")
+        person.type("/help")
+        assert "/reset" in person.expect("> ")
+        person.type("/quit")
+        assert person.job.wait(20) == 0
 
 
 def test_interrupt_stops_the_answer_not_the_program() -> None:
-    person = Terminal(*MODEL[:2], "engine.max_model_len=8192", "world_size=2", "max_new_tokens=8000", "ignore_eos=true")
-    person.expect("> ")
-    person.type("Tell me everything.")
-    time.sleep(3)
-    os.kill(person.job.pid, signal.SIGINT)
-    person.expect("\n> ", 10)
-    person.type("/reset")
-    person.expect("> ", 10)
-    person.type("/quit")
-    assert person.job.wait(20) == 0
+    endless = ["engine.max_model_len=8192", "max_new_tokens=8000", "ignore_eos=true"]
+    with Terminal(*MODEL[:2], "world_size=2", *endless) as person:
+        person.expect("> ")
+        person.type("Tell me everything.")
+        time.sleep(3)
+        os.kill(person.job.pid, signal.SIGINT)
+        person.expect("\n> ", 10)
+        person.type("/reset")
+        person.expect("> ", 10)
+        person.type("/quit")
+        assert person.job.wait(20) == 0
+
+
+@pytest.mark.parametrize("command", (LAUNCH, TORCHRUN), ids=("ours", "torchrun"))
+def test_mistake_found_by_rank_zero_is_one_line(command: list[str]) -> None:
+    extra = ["world_size=2"] if command is LAUNCH else []
+    result = run(*MODEL, f"prompt={'word ' * 600}", *extra, command=command)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode != 0 and len(lines) == 1 and "engine.max_model_len=512" in lines[0]
+    assert command is TORCHRUN or (result.returncode == 2 and "Traceback" not in result.stderr)

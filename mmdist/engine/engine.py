@@ -80,11 +80,12 @@ class Engine:
         logits = self.runner.forward(batch, image_embeds(scheduled))
         return self._finish_step(scheduled, logits.float().cpu())
 
-    def follow(self) -> None:
-        """The other ranks' life: compute what rank 0 sends, until it stops."""
+    def follow(self) -> int:
+        """The other ranks' life: compute what rank 0 sends, until it stops; returns the exit code 0."""
         while (batch := self.tp.broadcast_object(None)) is not None:
             if batch.input_ids:
                 self.runner.forward(batch, [])
+        return 0
 
     def keep_alive(self) -> None:
         """Let the other ranks know, while there is nothing to do, that rank 0 is still there."""
