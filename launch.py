@@ -10,6 +10,7 @@ import re
 import sys
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -21,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mmdist.config import EXIT_INTERRUPTED, EXIT_USER_ERROR, FREE_TEXT_KEYS, TASKS, Config, UserError
-from mmdist.launch import guard_rank, run_rank, start
+from mmdist.launch import become_rank, run_rank, start
 from mmdist.usage import all_keys, usage
 
 CONF = str(Path(__file__).parent / "conf")
@@ -48,7 +49,7 @@ def register_schemas() -> None:
         ConfigStore.instance().store(group="schema", name=name, node=schema, package="_global_")
 
 
-def run_as_rank(overrides: list[str]) -> int:
+def run_as_rank(overrides: list[str]) -> NoReturn:
     """Under torchrun or our agent. Composes without hydra.main, which would make an output folder on every rank."""
 
     def run() -> int:
@@ -56,7 +57,7 @@ def run_as_rank(overrides: list[str]) -> int:
             config = to_config(hydra.compose("config", overrides))
         return run_rank(config)
 
-    return guard_rank(run)
+    become_rank(run)
 
 
 def run_as_parent(overrides: list[str]) -> int:

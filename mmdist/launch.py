@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
+from typing import NoReturn
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -84,7 +85,7 @@ def run_rank(config: Config) -> int:
     engine = load_engine(config, tp, backend)
     code = lead(task, config, engine) if rank == 0 else engine.follow()
     if size > 1:
-        dist.destroy_process_group()
+        dist.barrier()  # no rank takes its connections away while another still reads from them
     return code
 
 
@@ -99,8 +100,17 @@ def lead(task: ModuleType, config: Config, engine: Engine) -> int:
     return code
 
 
+def become_rank(run: Callable[[], int]) -> NoReturn:
+    """Run a rank's program and end the process."""
+    code = guard_rank(run)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # torch's and gloo's threads may abort a process that unwinds its statics (seen: SIGABRT)
+
+
 def guard_rank(run: Callable[[], int]) -> int:
-    """Run a rank's program; whatever ends it early is left where the agent (ours or torchrun) looks for it."""
+    """The rank's exit code; whatever ends it early is left where the agent (ours or torchrun) looks for it."""
     rank = int(os.environ["RANK"])
     die_with_parent()
     if rank > 0:
