@@ -56,10 +56,10 @@ def open_safetensors(path: Path) -> Any:
 
 
 @runtime_checkable
-class HasBuffers(Protocol):
-    """A module with values that no checkpoint stores; computed once, when the weights are there."""
+class FinishesLoading(Protocol):
+    """A module with something left to do once the weights are there: values no checkpoint stores, packing."""
 
-    def init_buffers(self, device: torch.device) -> None: ...
+    def after_load(self, device: torch.device) -> None: ...
 
 
 class Checkpoint:
@@ -236,8 +236,8 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, plan: Plan, tp: TP, d
             assign(model, placement.param, target)
         bytes_read += fill(target, placement, checkpoint.read(placement, tp))
     for module in model.modules():
-        if isinstance(module, HasBuffers):
-            module.init_buffers(device)
+        if isinstance(module, FinishesLoading):
+            module.after_load(device)
     return bytes_read
 
 

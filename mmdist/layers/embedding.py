@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmdist.layers.linear import PackedWeight
 from mmdist.plan import Piece, Shard
 from mmdist.tp import TP
 
@@ -35,7 +36,7 @@ class VocabParallelEmbedding(nn.Module):
         return self.tp.all_reduce(rows * mine[:, None])
 
 
-class ParallelLMHead(nn.Module):
+class ParallelLMHead(PackedWeight):
     """(rows, hidden) -> (rows, vocab), equal on every rank."""
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TP):
@@ -49,4 +50,4 @@ class ParallelLMHead(nn.Module):
         return {"weight": Shard(0, (self.piece,))}
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.tp.all_gather(F.linear(hidden, self.weight))[:, : self.vocab_size]
+        return self.tp.all_gather(self.matmul(hidden))[:, : self.vocab_size]

@@ -28,7 +28,7 @@ class RotaryEmbedding(nn.Module):
         self.scaling = 1.0
         self.inv_freq = torch.empty(0)
 
-    def init_buffers(self, device: torch.device) -> None:
+    def after_load(self, device: torch.device) -> None:
         """Compute what is not stored in a checkpoint; called once, after the weights are loaded."""
         parameters = self.config.rope_parameters
         if parameters["rope_type"] == "default":

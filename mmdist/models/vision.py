@@ -21,7 +21,7 @@ class ClipTower(nn.Module):
         super().__init__()
         self.model: Any = transformers.CLIPVisionModel(config)
 
-    def init_buffers(self, device: torch.device) -> None:
+    def after_load(self, device: torch.device) -> None:
         embeddings = self.model.embeddings
         embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
 
