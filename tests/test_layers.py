@@ -141,3 +141,15 @@ def test_decode_attention_equals_prefill(window: int | None) -> None:
     for i, n in enumerate(lens):
         wanted = plain.prefill_attention(q[i : i + 1], k[i, :n], v[i, :n], scale=0.3, window=window)
         torch.testing.assert_close(out[i : i + 1], wanted)
+
+
+@pytest.mark.parametrize("window", (None, 5, 70))
+@pytest.mark.parametrize("query_len", (1, 64, 150))
+def test_grouped_prefill_equals_torch(query_len: int, window: int | None) -> None:
+    """Query heads stacked by group, in pieces, equal torch's attention with a whole mask."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(query_len, 6, 8), torch.randn(150, 2, 8), torch.randn(150, 2, 8)
+    mask = plain.causal_mask(query_len, 150, window, q.device)
+    heads = [x.transpose(0, 1)[None] for x in (q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1))]
+    wanted = torch.nn.functional.scaled_dot_product_attention(*heads, mask, scale=0.3)[0].transpose(0, 1)
+    torch.testing.assert_close(plain.prefill_attention(q, k, v, scale=0.3, window=window), wanted)
