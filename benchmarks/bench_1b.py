@@ -41,7 +41,7 @@ def make_bench_1b(folder: Path = FOLDER) -> Path:
         config = LlavaNextConfig(text_config=TEXT, image_token_index=32000, dtype="bfloat16")
         save_file(random_tensors(config), folder / "model.safetensors", {"format": "pt"})
         shapes = REPOSITORY / "assets" / "llava_next-shapes"
-        for name in ("tokenizer.json", "tokenizer_config.json"):
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
             shutil.copy(shapes / name, folder / name)
         write_processor(shapes, folder, config)
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 0}))

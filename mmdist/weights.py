@@ -10,6 +10,7 @@ import fnmatch
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -223,11 +224,13 @@ def open_checkpoint(folder: Path, renames: Renames, ignored: Sequence[str], tp: 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, plan: Plan, tp: TP, device: torch.device) -> int:
     """Fill a model built on meta with this rank's part of the checkpoint; returns the bytes read.
 
-    Parameters that live on rank 0 alone stay on meta elsewhere and take no memory.
+    Parameters that live on rank 0 alone stay on meta elsewhere and take no memory. A module finishes (packs, say) as
+    soon as its own weights are there, so that no more than one of them is ever held twice.
     """
-    params = dict(model.named_parameters())
-    bytes_read = 0
+    params, modules = dict(model.named_parameters()), dict(model.named_modules())
     mine = sorted((p for p in plan.values() if p.held_by(tp)), key=lambda p: (checkpoint.files[p.name], p.name))
+    missing = Counter(module_of(placement) for placement in mine)
+    bytes_read = 0
     for placement in with_progress(mine, show=tp.rank == 0):
         target = params[placement.param]
         if target.is_meta:
@@ -235,10 +238,23 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, plan: Plan, tp: TP, d
             params[placement.param] = target
             assign(model, placement.param, target)
         bytes_read += fill(target, placement, checkpoint.read(placement, tp))
-    for module in model.modules():
-        if isinstance(module, FinishesLoading):
-            module.after_load(device)
+        del target
+        missing[module_of(placement)] -= 1
+        if not missing[module_of(placement)]:
+            params = {name: param for name, param in params.items() if name.rpartition(".")[0] != module_of(placement)}
+            finish(modules.pop(module_of(placement)), device)
+    for module in modules.values():
+        finish(module, device)
     return bytes_read
+
+
+def module_of(placement: Placement) -> str:
+    return placement.param.rpartition(".")[0]
+
+
+def finish(module: nn.Module, device: torch.device) -> None:
+    if isinstance(module, FinishesLoading):
+        module.after_load(device)
 
 
 def fill(param: torch.Tensor, placement: Placement, part: torch.Tensor) -> int:
