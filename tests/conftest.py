@@ -28,6 +28,7 @@ from mmdist.engine.request import Output, Request
 from mmdist.tasks.requests import load_image
 from mmdist.tp import TP
 
+pytest_plugins = ["split_cases"]
 GOLDEN = Path(__file__).parent / "data" / "golden"
 CASES = ("llava_next_mistral", "llava_next_vicuna", "llava_next_34b")
 CPU = Backend(torch.device("cpu"), "gloo")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -34,18 +35,19 @@ class Prompt:
     vision: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-class Processor:
+class Processor(ABC):
     """Rank 0's door between people and tokens; a family implements it with transformers' processor."""
 
+    @abstractmethod
     def prompt(self, *, images: Sequence[Any], messages: list[dict] | None = None, text: str | None = None) -> Prompt:
         """Chat messages (with image parts in place) or raw text, and their PIL pictures -> Prompt."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, token_ids: list[int]) -> str:
-        raise NotImplementedError
+        """Text without special tokens."""
 
 
-class MultimodalModel(nn.Module):
+class MultimodalModel(nn.Module, ABC):
     """A vision encoder on rank 0 and a decoder cut over the ranks. Built on meta; see mmdist.weights for the rest."""
 
     config_class: ClassVar[Any]  # a transformers config
@@ -95,21 +97,22 @@ class MultimodalModel(nn.Module):
     def vocab_size(self) -> int:
         return self.decoder.shape.vocab_size
 
+    @abstractmethod
     def vision_activations(self) -> int:
         """Numbers that live at once while rank 0 encodes pictures."""
-        raise NotImplementedError
 
     @property
     def dtype(self) -> torch.dtype:
         return self.lm_head.weight.dtype
 
     @classmethod
+    @abstractmethod
     def load_processor(cls, folder: Path, config: Any, options: ModelConfig) -> Processor:
-        raise NotImplementedError
+        """The checkpoint's tokenizer, image processor and chat template."""
 
+    @abstractmethod
     def encode_images(self, vision: dict[str, torch.Tensor]) -> torch.Tensor:
         """Prompt.vision -> (image tokens, hidden); rank 0 only."""
-        raise NotImplementedError
 
     def forward(
         self,
