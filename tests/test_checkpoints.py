@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,13 @@ from mmdist.config import SamplingParams
 from mmdist.engine.engine import Engine
 from mmdist.engine.load import load_engine
 from mmdist.engine.request import Request
-from mmdist.models.base import build_model, find_model
+from mmdist.models.base import build_model, find_model, legal_world_sizes, load_model_config
+from mmdist.plan import shard_plan
 from mmdist.tasks.requests import user_message
 from mmdist.tp import TP
+from mmdist.weights import load_weights, open_checkpoint
+
+LLAVA_NEXT = find_model("llava_next")
 
 # Text models of the three kinds, with fewer KV heads than ranks, and vocabularies that no world size divides.
 KINDS = {
@@ -146,6 +151,22 @@ def test_dtype_auto_is_the_stored_one(mistral: Case, tmp_path: Path) -> None:
     assert engine.runner.model.dtype == torch.float32
     engine = load_engine(config_for(mistral.checkpoint, dtype="auto"), TP(), Backend(torch.device("cpu"), "gloo"))
     assert engine.runner.model.dtype == torch.bfloat16  # float16 has no fast product on a CPU
+
+
+@pytest.mark.parametrize("size", (1, 2, 4, 8))
+def test_a_rank_reads_only_its_own_slices(case: Case, size: int) -> None:
+    """Bytes read by each rank are those of its parts in the source's dtype, and no more."""
+    config = load_model_config(LLAVA_NEXT, case.checkpoint)
+    if size not in legal_world_sizes(config):
+        return
+    for rank in range(size):
+        tp = TP(rank, size)
+        model = build_model(LLAVA_NEXT, config, tp, torch.float32)
+        plan = shard_plan(model, tp)
+        checkpoint = open_checkpoint(case.checkpoint, LLAVA_NEXT.renames, LLAVA_NEXT.ignored, tp)
+        own = sum(math.prod(p.part_shape(tp)) for p in plan.values() if p.held_by(tp)) * torch.float16.itemsize
+        assert load_weights(model, checkpoint, plan, tp, torch.device("cpu")) == own
+        assert rank == 0 or all(param.is_meta for param in model.vision.parameters())
 
 
 SIZES = [
