@@ -147,7 +147,7 @@ class Config:
 
     task: str = key("", "what to do: a file in mmdist/tasks and a yaml in conf/task")
     world_size: int | str = key(
-        "auto", "ranks; auto: the visible accelerators rounded down to a legal size, 2 on a CPU"
+        "auto", "ranks; auto: a split folder's, else the visible accelerators (2 on a CPU) rounded to a legal size"
     )
     checkpoint: str | None = key(None, "folder with config.json and safetensors, or one made by weights_tools split")
     dtype: str = key("auto", "auto (the checkpoint's; float16 becomes bfloat16 on a CPU), float32, float16 or bfloat16")

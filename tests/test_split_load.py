@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from split_cases import CASES, Q_PROJ, flip_byte, load, one_line, source, spoil
 
-from mmdist.config import UserError
+from mmdist.config import Config, ModelConfig, UserError
+from mmdist.engine.load import asked_world_size
 from mmdist.manifest import MANIFEST, load_manifest, part_file, save_manifest
 from mmdist.plan import Piece, Placement
 from mmdist.tp import TP
@@ -61,6 +62,11 @@ def test_empty_part(tmp_path: Path):
     file.close()
     got = load_file(tmp_path / "a.safetensors")
     assert got["none"].shape == (0, 4) and got["byte"].tolist() == [1, 2, 3] and got["wide"].tolist() == [1.0, 2.0]
+
+
+def test_auto_is_the_size_it_was_cut_for(splits: dict):
+    config = Config(checkpoint=str(splits["mistral", 4]), model=ModelConfig(name="llava_next"))
+    assert asked_world_size(config, [1, 2, 4, 8], "cpu") == 4
 
 
 def test_another_world_size_is_refused(splits: dict):

@@ -16,6 +16,7 @@ from mmdist.config import REPOSITORY, Config, EngineConfig, UserError
 from mmdist.engine.cache import cache_shape
 from mmdist.engine.engine import Engine
 from mmdist.engine.memory import rank_memory
+from mmdist.manifest import MANIFEST, load_manifest
 from mmdist.models.base import MultimodalModel, build_model, find_model, load_model_config
 from mmdist.plan import Plan, shard_plan
 from mmdist.tp import TP
@@ -35,9 +36,12 @@ def find_checkpoint(config: Config) -> Path:
 
 
 def asked_world_size(config: Config, legal: list[int], device: str) -> int:
-    """world_size=; auto: as many ranks as devices, rounded down to a legal size."""
+    """world_size=; auto: what a split folder was cut for, else as many ranks as devices, rounded down to a legal size."""
     if isinstance(config.world_size, int):
         return config.world_size
+    folder = find_checkpoint(config)
+    if (folder / MANIFEST).exists():
+        return load_manifest(folder).world_size
     return max(size for size in legal if size <= max(1, count_devices(device)))
 
 
