@@ -36,7 +36,7 @@ def find_checkpoint(config: Config) -> Path:
 
 
 def asked_world_size(config: Config, legal: list[int], device: str) -> int:
-    """world_size=; auto: what a split folder was cut for, else as many ranks as devices, rounded down to a legal size."""
+    """world_size=; auto: a split folder's, else as many ranks as devices, rounded down to a legal size."""
     if isinstance(config.world_size, int):
         return config.world_size
     folder = find_checkpoint(config)
