@@ -122,6 +122,24 @@ def test_every_stored_form_gives_the_same(mistral: Case, tmp_path: Path) -> None
         assert run_engine(2, config_for(folder), work)["panorama"].token_ids == expected, folder.name
 
 
+@pytest.mark.parametrize(
+    "left_out", (["num_additional_image_tokens"], ["patch_size", "num_additional_image_tokens"], None)
+)
+def test_older_processor_files(mistral: Case, tmp_path: Path, left_out: list[str] | None) -> None:
+    """Folders from before processor_config.json, or before it said everything, give the same prompts."""
+    folder = tmp_path / "older"
+    shutil.copytree(mistral.checkpoint, folder)
+    path = folder / "processor_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in settings.items() if key not in (left_out or [])}))
+    if left_out is None:
+        path.unlink()
+    prompts = load_engine(config_for(folder), TP(), Backend(torch.device("cpu"), "gloo"))
+    for item_id in mistral.items:
+        wanted = mistral.reference()[f"{item_id}/input_ids"][0].tolist()
+        assert mistral.request(prompts, item_id).prompt.token_ids == wanted
+
+
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
 @pytest.mark.parametrize("stored", (torch.float32, torch.bfloat16, torch.float16))
 def test_dtypes(mistral: Case, tmp_path: Path, stored: torch.dtype, dtype: str) -> None:

@@ -135,7 +135,7 @@ class MultimodalModel(nn.Module, ABC):
 
 def list_models() -> list[str]:
     """The families: the names of conf/model and mmdist/models."""
-    own = {"__init__", "base", "decoder", "vision"}
+    own = {"__init__", "base", "decoder", "hub", "vision"}
     return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in own)
 
 

@@ -5,18 +5,17 @@ Checkpoints: Hugging Face folders, with the hub's names or those that transforme
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 import transformers  # classes are looked up when used: importing them here would triple the start-up time
 from torch import nn
 from transformers.models import llava_next as reference
 
-from mmdist.config import ModelConfig, UserError
-from mmdist.models.base import MultimodalModel, Processor, Prompt
+from mmdist.config import ModelConfig
+from mmdist.models.base import MultimodalModel, Processor
+from mmdist.models.hub import IGNORED, RENAMES, LlavaPrompts
 from mmdist.models.vision import ClipEncoder
 from mmdist.tp import TP
 
@@ -32,21 +31,8 @@ class LlavaNextVision(ClipEncoder):
 class LlavaNext(MultimodalModel):
     vision: LlavaNextVision
     config_class = transformers.LlavaNextConfig
-    renames = {
-        "language_model.model.": "decoder.",
-        "language_model.lm_head.": "lm_head.",
-        "vision_tower.vision_model.": "vision.tower.model.",
-        "vision_tower.": "vision.tower.model.",
-        "multi_modal_projector.": "vision.projector.",
-        "image_newline": "vision.image_newline",
-        "model.language_model.": "decoder.",
-        "model.vision_tower.vision_model.": "vision.tower.model.",
-        "model.vision_tower.": "vision.tower.model.",
-        "model.multi_modal_projector.": "vision.projector.",
-        "model.image_newline": "vision.image_newline",
-    }
-    # Tables that old versions of transformers saved and that follow from the config.
-    ignored = ("*.rotary_emb.inv_freq", "*.embeddings.position_ids")
+    renames = RENAMES
+    ignored = IGNORED
 
     def __init__(self, config: Any, tp: TP):
         super().__init__(config, tp)
@@ -54,7 +40,7 @@ class LlavaNext(MultimodalModel):
 
     @classmethod
     def load_processor(cls, folder: Path, config: Any, options: ModelConfig) -> Processor:
-        return LlavaNextPrompts(folder, config, options)
+        return LlavaPrompts(transformers.LlavaNextProcessor.from_pretrained(folder), folder, config, options)
 
     def encode_images(self, vision: dict[str, torch.Tensor]) -> torch.Tensor:
         """pixel_values (images, tiles, 3, size, size), image_sizes (images, 2) (height, width) -> (tokens, hidden)."""
@@ -93,59 +79,6 @@ class LlavaNext(MultimodalModel):
         grid = reference.modeling_llava_next.unpad_image(grid, image_size)
         newline = self.vision.image_newline[:, None, None].expand(-1, grid.shape[1], 1)
         return torch.cat((base, torch.cat((grid, newline), dim=-1).flatten(1).T))
-
-
-class LlavaNextPrompts(Processor):
-    """transformers' LlavaNextProcessor, with placeholders and pictures counted."""
-
-    def __init__(self, folder: Path, config: Any, options: ModelConfig):
-        self.processor = transformers.LlavaNextProcessor.from_pretrained(folder)
-        if options.chat_template is not None:
-            self.processor.chat_template = read_template(Path(options.chat_template))
-        self.folder = folder
-        self.image_token_id = config.image_token_index
-
-    def prompt(
-        self, *, images: Sequence[Any] = (), messages: list[dict] | None = None, text: str | None = None
-    ) -> Prompt:
-        if messages is not None:
-            text = self.apply_chat_template(messages)
-        assert text is not None, "a prompt is made of messages or of text"
-        placeholder = self.processor.image_token
-        if text.count(placeholder) != len(images):
-            raise UserError(
-                f"{text.count(placeholder)} {placeholder} in the prompt, {len(images)} pictures given; "
-                f"write one {placeholder} for each picture"
-            )
-        bos = self.processor.tokenizer.bos_token
-        special = not (bos and text.startswith(bos))  # the template wrote it already
-        inputs = self.processor(
-            text=[text], images=list(images) or None, return_tensors="pt", add_special_tokens=special
-        )
-        token_ids = inputs.pop("input_ids")[0].tolist()
-        inputs.pop("attention_mask")
-        positions = [i for i, token_id in enumerate(token_ids) if token_id == self.image_token_id]
-        return Prompt(token_ids, positions, dict(inputs))
-
-    def apply_chat_template(self, messages: list[dict]) -> str:
-        if self.processor.chat_template is None:
-            raise UserError(
-                f"{self.folder}: no chat template in it; give raw prompts, or a jinja file as model.chat_template=FILE"
-            )
-        try:
-            return self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
-            raise UserError(f"messages: the chat template refuses them: {error}") from error
-
-    def decode(self, token_ids: list[int]) -> str:
-        return self.processor.tokenizer.decode(token_ids, skip_special_tokens=True)
-
-
-def read_template(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError as error:
-        raise UserError(f"model.chat_template={path}: cannot be read ({error.strerror}); give a jinja file") from error
 
 
 MODEL = LlavaNext
