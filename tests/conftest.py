@@ -30,7 +30,12 @@ from mmdist.tp import TP
 
 pytest_plugins = ["split_cases"]
 GOLDEN = Path(__file__).parent / "data" / "golden"
-CASES = ("llava_next_mistral", "llava_next_vicuna", "llava_next_34b")
+FAMILIES = {
+    "llava_next_mistral": "llava_next",
+    "llava_next_vicuna": "llava_next",
+    "llava_next_34b": "llava_next",
+    "llava_15": "llava",
+}
 CPU = Backend(torch.device("cpu"), "gloo")
 
 torch.set_num_threads(1)
@@ -45,6 +50,10 @@ class Case:
     @property
     def folder(self) -> Path:
         return GOLDEN / self.name
+
+    @property
+    def model(self) -> str:
+        return FAMILIES[self.name]
 
     @property
     def checkpoint(self) -> Path:
@@ -66,7 +75,10 @@ class Case:
         return Request(item_id, prompt, SamplingParams(**params))
 
 
-def config_for(checkpoint: Path, *, model: str = "llava_next", dtype: str = "float32", **engine: Any) -> Config:
+def config_for(checkpoint: Path | Case, *, dtype: str = "float32", **engine: Any) -> Config:
+    """A golden case, or a llava_next checkpoint."""
+    model = checkpoint.model if isinstance(checkpoint, Case) else "llava_next"
+    checkpoint = checkpoint.checkpoint if isinstance(checkpoint, Case) else checkpoint
     settings = EngineConfig(**{"max_model_len": 512, "max_num_seqs": 4, **engine})
     return Config(checkpoint=str(checkpoint), model=ModelConfig(name=model), dtype=dtype, engine=settings)
 
@@ -124,7 +136,7 @@ def answers(engine: Engine, requests: list[Request]) -> dict[str, Output]:
     return {output.id: output for output in engine.generate(requests) if output.finish_reason is not None}
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=FAMILIES)
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
 

@@ -27,8 +27,6 @@ from mmdist.tasks.requests import user_message
 from mmdist.tp import TP
 from mmdist.weights import load_weights, open_checkpoint
 
-LLAVA_NEXT = find_model("llava_next")
-
 # Text models of the three kinds, with fewer KV heads than ranks, and vocabularies that no world size divides.
 KINDS = {
     "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "vocab_size": 427, "rope_theta": 1e6},
@@ -174,14 +172,15 @@ def test_dtype_auto_is_the_stored_one(mistral: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", (1, 2, 4, 8))
 def test_a_rank_reads_only_its_own_slices(case: Case, size: int) -> None:
     """Bytes read by each rank are those of its parts in the source's dtype, and no more."""
-    config = load_model_config(LLAVA_NEXT, case.checkpoint)
+    family = find_model(case.model)
+    config = load_model_config(family, case.checkpoint)
     if size not in legal_world_sizes(config):
         return
     for rank in range(size):
         tp = TP(rank, size)
-        model = build_model(LLAVA_NEXT, config, tp, torch.float32)
+        model = build_model(family, config, tp, torch.float32)
         plan = shard_plan(model, tp)
-        checkpoint = open_checkpoint(case.checkpoint, LLAVA_NEXT.renames, LLAVA_NEXT.ignored, tp)
+        checkpoint = open_checkpoint(case.checkpoint, family.renames, family.ignored, tp)
         own = sum(math.prod(p.part_shape(tp)) for p in plan.values() if p.held_by(tp)) * torch.float16.itemsize
         assert load_weights(model, checkpoint, plan, tp, torch.device("cpu")) == own
         assert rank == 0 or all(param.is_meta for param in model.vision.parameters())
@@ -202,8 +201,10 @@ SIZES = [
 ]
 
 
-def test_anyres_packing_equals_transformers(case: Case) -> None:
+@pytest.mark.parametrize("kind", ("mistral", "vicuna", "34b"))
+def test_anyres_packing_equals_transformers(kind: str) -> None:
     """Our encode_images against LlavaNextModel.get_image_features, for odd paddings in both directions."""
+    case = Case(f"llava_next_{kind}")
     model = LlavaNextForConditionalGeneration.from_pretrained(case.checkpoint, dtype=torch.float32)
 
     def work(engine: Engine) -> None:

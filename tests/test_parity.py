@@ -50,7 +50,7 @@ def test_logits_of_every_prompt_position(case: Case, size: int) -> None:
                 every4 = reference[f"{item_id}/logits_every4"].reshape(-1, logits.shape[1])
                 assert np.abs(logits[::4] - every4).max() <= TOLERANCE
 
-    run_engine(size, config_for(case.checkpoint), work)
+    run_engine(size, config_for(case), work)
 
 
 @pytest.mark.parametrize("batch", (1, 3))
@@ -64,7 +64,7 @@ def test_greedy_tokens(case: Case, size: int, batch: int) -> None:
         requests = [case.request(engine, i, max_new_tokens=12, ignore_eos=True) for i in case.items]
         return answers(engine, requests)
 
-    outputs = run_engine(size, config_for(case.checkpoint, max_num_seqs=batch), work)
+    outputs = run_engine(size, config_for(case, max_num_seqs=batch), work)
     for item_id, output in outputs.items():
         assert output.token_ids == reference[f"{item_id}/greedy_ids"].ravel().tolist(), item_id
 
@@ -78,7 +78,7 @@ def test_decode_logprobs(case: Case, size: int) -> None:
         requests = [case.request(engine, i, max_new_tokens=12, ignore_eos=True, logprobs=5) for i in case.items]
         return answers(engine, requests)
 
-    for item_id, output in run_engine(size, config_for(case.checkpoint, max_num_seqs=3), work).items():
+    for item_id, output in run_engine(size, config_for(case, max_num_seqs=3), work).items():
         wanted = torch.from_numpy(reference[f"{item_id}/greedy_logits"]).reshape(12, -1).log_softmax(-1)
         for step, entry in enumerate(output.logprobs):
             assert abs(entry["logprob"] - float(wanted[step].max())) <= TOLERANCE
