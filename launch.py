@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mmdist.config import EXIT_INTERRUPTED, EXIT_USER_ERROR, FREE_TEXT_KEYS, TASKS, Config, UserError
-from mmdist.launch import become_rank, run_rank, start
+from mmdist.launch import become_rank, is_rank, run_rank, start
 from mmdist.usage import all_keys, usage
 
 CONF = str(Path(__file__).parent / "conf")
@@ -36,7 +36,7 @@ def main() -> int:
     try:
         register_schemas()
         overrides = quote_free_text(arguments)
-        return run_as_rank(overrides) if "RANK" in os.environ else run_as_parent(overrides)
+        return run_as_rank(overrides) if is_rank() else run_as_parent(overrides)
     except (UserError, HydraException, OmegaConfBaseException) as error:
         return user_error(error)
     except KeyboardInterrupt:

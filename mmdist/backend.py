@@ -19,10 +19,6 @@ class Backend:
     device: torch.device
     collectives: str  # torch.distributed's backend string; messages between ranks always travel over gloo
 
-    def synchronize(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-
 
 def find_device(hardware: HardwareConfig) -> str:
     """auto -> cuda where torch sees a CUDA device, else cpu."""

@@ -39,6 +39,7 @@ def load_task(name: str) -> ModuleType:
 
 
 def is_rank() -> bool:
+    """True when torchrun or our agent made this process a rank."""
     return "RANK" in os.environ
 
 
