@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rendezvous
 
-from mmdist.config import LauncherConfig, UserError
+from mmdist.config import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, LauncherConfig, UserError
 
 log = logging.getLogger("mmdist.launch")
 PORTS = range(20030, 20051)
@@ -106,13 +106,15 @@ def report(failures: dict[int, ProcessFailure]) -> int:
     """Print the cause: a user's mistake, else a rank killed by a signal, else the first exception."""
     rank, failure = min(failures.items(), key=lambda item: order(item[1]))
     message = failure.message
+    if failure.exitcode == -signal.SIGINT:  # Ctrl-C before the rank was ready to hear it
+        return EXIT_INTERRUPTED
     if failure.exitcode < 0:
         print(f"error: rank {rank} was killed by {failure.signal_name()} (pid {failure.pid})", file=sys.stderr)
-        return 1
+        return EXIT_FAILED
     if isinstance(message, str):  # no error file: the rank chose its exit code and has said why
         return failure.exitcode
     text = message["message"]
-    if failure.exitcode == 2:
+    if failure.exitcode == EXIT_USER_ERROR:
         print(f"error: {text.removeprefix('UserError: ')}", file=sys.stderr)
     else:
         print(f"error: rank {rank} failed: {text}\n{message['extraInfo']['py_callstack']}", file=sys.stderr)
@@ -123,13 +125,15 @@ def order(failure: ProcessFailure) -> tuple:
     """Causes before consequences: a lost connection to a rank that died says nothing of its own."""
     killed = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
     lost_peer = "Connection" in str(failure.message) or "gloo" in str(failure.message)
-    return (failure.exitcode != 2, not killed, lost_peer, failure.timestamp)
+    return (failure.exitcode != EXIT_USER_ERROR, not killed, lost_peer, failure.timestamp)
 
 
 @contextmanager
 def take_port(config: LauncherConfig) -> Iterator[int]:
     """launcher.master_port, else MASTER_PORT, else the first of PORTS that no one uses, locked against other jobs."""
-    asked = config.master_port or os.environ.get("MASTER_PORT")
+    asked = str(config.master_port or os.environ.get("MASTER_PORT", ""))
+    if asked and not asked.isdigit():
+        raise UserError(f"MASTER_PORT={asked}: expected a port number; unset it, or give launcher.master_port=PORT")
     for port in [int(asked)] if asked else PORTS:
         lock = lock_port(port)
         if lock is not None:
@@ -142,7 +146,7 @@ def take_port(config: LauncherConfig) -> Iterator[int]:
 
 def lock_port(port: int) -> IO | None:
     """A lock file held while the job lives, or None when another job or program has the port."""
-    lock = (Path(tempfile.gettempdir()) / f"mmdist-port-{port}.lock").open("a")
+    lock = (Path(tempfile.gettempdir()) / f"mmdist-{os.getuid()}-port-{port}.lock").open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with socket.socket() as probe:
