@@ -157,7 +157,7 @@ MISTAKES = {
     "split SRC --ranks 3": "legal sizes: 1, 2, 4, 8",
     "split SRC --ranks 0": "0 is not a whole number above 0",
     "split SRC": "required: --ranks",
-    "split no_such --ranks 2": "no_such: neither a folder nor a family; the families are: llava, llava_next",
+    "split no_such --ranks 2": f"no_such: neither a folder nor a family; the families are: {', '.join(list_models())}",
     "split llava_next --ranks 2 --src no_such": "no_such: no such folder",
     "split SRC --ranks 2 --src SRC": "with --src, MODEL is the name of a family",
     "split SPLIT --ranks 2": "split already, for 2 ranks",
