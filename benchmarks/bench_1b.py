@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlavaNextConfig
 
-from mmdist.models.base import build_model, find_model
+from mmdist.models.family import build_model, find_model
 from mmdist.plan import shard_plan
 from mmdist.tp import TP
 

@@ -82,6 +82,9 @@ class EngineConfig:
         None, "most tokens of prompt plus answer; default: the model's own limit, at most 4096"
     )
     max_num_seqs: int = key(8, "most requests computed at once")
+    max_pictures: int = key(
+        8, "most pictures remembered at once, in families whose layers look at them (mllama, llama_adapter)"
+    )
     max_num_batched_tokens: int = key(2048, "most tokens in one step; longer prompts are prefilled in chunks")
     block_size: int = key(16, "tokens in one block of the paged KV cache")
     num_blocks: int | None = key(
@@ -89,7 +92,14 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_blocks"):
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_pictures",
+            "max_num_batched_tokens",
+            "block_size",
+            "num_blocks",
+        ):
             value = getattr(self, name)
             require(value is None or value > 0, f"engine.{name}", value, "a whole number above 0")
         if self.max_num_batched_tokens < self.max_num_seqs:

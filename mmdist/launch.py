@@ -26,7 +26,7 @@ from mmdist.config import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, Config
 from mmdist.engine.engine import Engine
 from mmdist.engine.load import asked_world_size, find_checkpoint, load_engine
 from mmdist.log import init_log
-from mmdist.models.base import check_world_size, find_model, legal_world_sizes, load_model_config
+from mmdist.models.family import check_world_size, find_model, legal_world_sizes, load_model_config
 from mmdist.tasks.job import make_output_dir
 from mmdist.tp import init_tp
 
@@ -62,8 +62,8 @@ def find_world_size(config: Config) -> int:
     family = find_model(config.model.name)
     model_config = load_model_config(family, find_checkpoint(config))
     device = find_device(config.hardware)
-    size = asked_world_size(config, legal_world_sizes(model_config), device)
-    check_world_size(model_config, size)
+    size = asked_world_size(config, legal_world_sizes(family, model_config), device)
+    check_world_size(family, model_config, size)
     if device != "cpu" and size > count_devices(device):
         raise UserError(f"world_size={size}: {count_devices(device)} {device} devices are visible")
     return size

@@ -11,7 +11,7 @@ import torch
 from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
 
-from mmdist.models.base import build_model, find_model, load_model_config
+from mmdist.models.family import build_model, find_model, load_model_config
 from mmdist.plan import shard_plan
 from mmdist.tp import TP
 from mmdist.weights import load_weights, open_checkpoint

@@ -21,7 +21,7 @@ from mmdist.config import SamplingParams
 from mmdist.engine.engine import Engine
 from mmdist.engine.load import load_engine
 from mmdist.engine.request import Request
-from mmdist.models.base import build_model, find_model, legal_world_sizes, load_model_config
+from mmdist.models.family import build_model, find_model, legal_world_sizes, load_model_config
 from mmdist.plan import shard_plan
 from mmdist.tasks.requests import user_message
 from mmdist.tp import TP
@@ -174,7 +174,7 @@ def test_a_rank_reads_only_its_own_slices(case: Case, size: int) -> None:
     """Bytes read by each rank are those of its parts in the source's dtype, and no more."""
     family = find_model(case.model)
     config = load_model_config(family, case.checkpoint)
-    if size not in legal_world_sizes(config):
+    if size not in legal_world_sizes(family, config):
         return
     for rank in range(size):
         tp = TP(rank, size)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mmdist.kernels import plain
-from mmdist.layers.attention import Attention
+from mmdist.layers.attention import Attention, Context
 from mmdist.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from mmdist.layers.linear import ColumnParallelLinear, RowParallelLinear
 from mmdist.layers.mlp import GatedMLP
@@ -98,7 +98,8 @@ def inputs(*shape: int) -> torch.Tensor:
 
 def attend(layer: nn.Module) -> torch.Tensor:
     angles = torch.arange(5.0)[:, None, None] * torch.tensor([1.0, 0.1, 1.0, 0.1])
-    return layer(inputs(5, 12), (angles.cos(), angles.sin()), FullContext())
+    context = Context((angles.cos(), angles.sin()), FullContext(), torch.arange(5), [5], [None])
+    return layer(inputs(5, 12), context)
 
 
 @pytest.mark.parametrize("size", SIZES)

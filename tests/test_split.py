@@ -18,7 +18,7 @@ from split_cases import Q_PROJ, contents, load, one_line, source, spoil
 
 from mmdist.config import REPOSITORY, UserError
 from mmdist.manifest import part_file
-from mmdist.models.base import list_models
+from mmdist.models.family import list_models
 from mmdist.tp import TP
 from weights_tools import split
 from weights_tools.cli import main

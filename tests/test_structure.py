@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mmdist.config import TASKS
-from mmdist.models.base import list_models
+from mmdist.models.family import list_models
 
 REPOSITORY = Path(__file__).parents[1]
 # Floors from the ground up; a file imports from its own floor's folder or from lower floors.

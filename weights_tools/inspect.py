@@ -11,7 +11,7 @@ from typing import Any
 
 from mmdist.config import UserError
 from mmdist.manifest import MANIFEST, load_manifest, part_file
-from mmdist.models.base import legal_world_sizes
+from mmdist.models.family import find_model, legal_world_sizes
 from mmdist.plan import Plan
 from mmdist.tp import TP
 from mmdist.weights import Checkpoint
@@ -97,7 +97,7 @@ def describe_source(folder: Path, world_size: int | None) -> dict[str, Any]:
         "num_tensors": len(sizes),
         "num_bytes": sum(sizes.values()),
         "dtypes": dict(Counter(checkpoint.dtypes.values())),
-        "legal_world_sizes": legal_world_sizes(config),
+        "legal_world_sizes": legal_world_sizes(find_model(family), config),
         "ignored": sorted(checkpoint.ignored),
         **mismatches(checkpoint, plan),
         "groups": list_groups(checkpoint, plan, sizes),

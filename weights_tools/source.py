@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from mmdist.config import REPOSITORY, UserError
 from mmdist.manifest import MANIFEST, load_manifest
-from mmdist.models.base import build_model, find_model, list_models, load_model_config
+from mmdist.models.family import build_model, find_model, list_models, load_model_config
 from mmdist.plan import Plan, shard_plan
 from mmdist.tp import TP
 from mmdist.weights import Checkpoint

@@ -9,7 +9,7 @@ import torch
 
 from mmdist.config import UserError
 from mmdist.manifest import MANIFEST, Manifest, Part, TensorEntry, load_manifest, part_file
-from mmdist.models.base import find_model
+from mmdist.models.family import find_model
 from mmdist.plan import Plan, cut
 from mmdist.tp import TP
 from mmdist.weights import DTYPES, Checkpoint, open_safetensors, rename, sha256

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -11,11 +13,21 @@ from mmdist.engine.request import Sequence
 
 
 @dataclass
+class NewMemory:
+    """Encoded pictures that come to all ranks in this step; shape: theirs, memory: Prompt.memory."""
+
+    id: str
+    shape: tuple[int, ...]
+    memory: Any
+
+
+@dataclass
 class Batch:
     """Sequences laid end to end, those with one new token first; plain lists, so that it travels in one message.
 
     query_lens: new tokens of each sequence; context_lens: its tokens in the cache after this step. image_rows: which
-    of the new tokens are pictures'; logits_rows: after which of them a token is sampled.
+    of the new tokens are pictures'; logits_rows: after which of them a token is sampled. memory_ids: whose pictures
+    each sequence's layers look at ("" for none); kept_memories: all that are still needed.
     """
 
     input_ids: list[int] = field(default_factory=list)
@@ -24,6 +36,9 @@ class Batch:
     block_tables: list[list[int]] = field(default_factory=list)
     image_rows: list[int] = field(default_factory=list)
     logits_rows: list[int] = field(default_factory=list)
+    memory_ids: list[str] = field(default_factory=list)
+    kept_memories: list[str] = field(default_factory=list)
+    new_memories: list[NewMemory] = field(default_factory=list)
 
 
 @dataclass
@@ -52,8 +67,8 @@ class Scheduled:
         return bisect_left(positions, self.start), bisect_left(positions, self.stop)
 
 
-def build_batch(scheduled: list[Scheduled]) -> Batch:
-    batch = Batch()
+def build_batch(scheduled: list[Scheduled], running: Iterable[Sequence] = ()) -> Batch:
+    batch = Batch(kept_memories=[memory_id(sequence) for sequence in running if memory_id(sequence)])
     for item in scheduled:
         row = len(batch.input_ids) - item.start
         first, last = item.image_range()
@@ -62,6 +77,7 @@ def build_batch(scheduled: list[Scheduled]) -> Batch:
         batch.query_lens.append(item.num_tokens)
         batch.context_lens.append(item.stop)
         batch.block_tables.append(item.sequence.block_table)
+        batch.memory_ids.append(memory_id(item.sequence))
         if item.samples:
             batch.logits_rows.append(len(batch.input_ids) - 1)
     return batch
@@ -71,3 +87,20 @@ def image_embeds(scheduled: list[Scheduled]) -> list[torch.Tensor]:
     """The rows for Batch.image_rows, in order; rank 0 only."""
     ranges = [(item.sequence.image_embeds, *item.image_range()) for item in scheduled]
     return [embeds[first:last] for embeds, first, last in ranges if embeds is not None and first < last]
+
+
+def memory_id(sequence: Sequence) -> str:
+    return "" if sequence.request.prompt.memory is None else sequence.request.id
+
+
+def take_memories(scheduled: list[Scheduled], batch: Batch) -> list[torch.Tensor]:
+    """Announce in the batch what no rank remembers yet; the encoded pictures, in that order; rank 0 only."""
+    encoded = []
+    for sequence in (item.sequence for item in scheduled):
+        if memory_id(sequence) and not sequence.remembered:
+            assert sequence.image_embeds is not None, "pictures are encoded before they are remembered"
+            memory = sequence.request.prompt.memory
+            batch.new_memories.append(NewMemory(sequence.request.id, tuple(sequence.image_embeds.shape), memory))
+            encoded.append(sequence.image_embeds)
+            sequence.remembered = True
+    return encoded

@@ -45,7 +45,7 @@ def cache_shape(model: MultimodalModel, config: EngineConfig) -> CacheShape:
             f"{max_model_len} tokens; it takes {per_request}, or lower engine.max_model_len"
         )
     return CacheShape(
-        max_model_len, model.num_layers, num_blocks, config.block_size, model.num_kv_heads, model.head_dim
+        max_model_len, model.num_cached_layers, num_blocks, config.block_size, model.num_kv_heads, model.head_dim
     )
 
 

@@ -13,7 +13,7 @@ import torch
 
 from mmdist.backend import Backend
 from mmdist.config import EngineConfig, UserError
-from mmdist.engine.batch import Batch, Scheduled, build_batch, image_embeds
+from mmdist.engine.batch import Batch, Scheduled, build_batch, image_embeds, take_memories
 from mmdist.engine.blocks import BlockManager
 from mmdist.engine.cache import PagedCache, cache_shape
 from mmdist.engine.detokenizer import Detokenizer
@@ -55,8 +55,12 @@ class Engine:
             )
         if request.id in self.sequences:
             raise UserError(f"id {request.id} is given twice; ids must differ")
+        pictures = request.prompt.memory_pictures
+        if pictures > self.scheduler.config.max_pictures:
+            raise UserError(f"{pictures} pictures, engine.max_pictures={self.scheduler.config.max_pictures}; raise it")
         max_tokens = min(length + request.params.max_new_tokens, self.max_model_len)
-        detokenizer = Detokenizer(self.prompts.decode, request.params.stop)
+        own_stop = [] if request.params.ignore_eos else self.prompts.stop
+        detokenizer = Detokenizer(self.prompts.decode, [*request.params.stop, *own_stop])
         sequence = Sequence(request, detokenizer, max_tokens)
         self.sequences[request.id] = sequence
         self.scheduler.add(sequence)
@@ -76,15 +80,17 @@ class Engine:
         scheduled = self.scheduler.schedule()
         for item in scheduled:
             self._encode_images(item.sequence)
-        batch = self.tp.broadcast_object(build_batch(scheduled))
-        logits = self.runner.forward(batch, image_embeds(scheduled))
+        batch = build_batch(scheduled, self.scheduler.running)
+        memories = take_memories(scheduled, batch)
+        self.tp.broadcast_object(batch)
+        logits = self.runner.forward(batch, image_embeds(scheduled), memories)
         return self._finish_step(scheduled, logits.float().cpu())
 
     def follow(self) -> int:
         """The other ranks' life: compute what rank 0 sends, until it stops; returns the exit code 0."""
         while (batch := self.tp.broadcast_object(None)) is not None:
             if batch.input_ids:
-                self.runner.forward(batch, [])
+                self.runner.forward(batch)
         return 0
 
     def keep_alive(self) -> None:

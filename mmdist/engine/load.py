@@ -17,7 +17,8 @@ from mmdist.engine.cache import cache_shape
 from mmdist.engine.engine import Engine
 from mmdist.engine.memory import rank_memory
 from mmdist.manifest import MANIFEST, load_manifest
-from mmdist.models.base import MultimodalModel, build_model, find_model, load_model_config
+from mmdist.models.base import Model, MultimodalModel
+from mmdist.models.family import build_model, find_model, load_model_config
 from mmdist.plan import Plan, shard_plan
 from mmdist.tp import TP
 from mmdist.weights import Checkpoint, load_weights, open_checkpoint
@@ -56,7 +57,7 @@ def find_dtype(config: Config, checkpoint: Checkpoint, plan: Plan, device: str) 
     return stored
 
 
-def open_model(config: Config, tp: TP, device: str) -> tuple[MultimodalModel, Plan, Checkpoint, Any]:
+def open_model(config: Config, tp: TP, device: str) -> tuple[Model, Plan, Checkpoint, Any]:
     """The model on meta, its plan and its checkpoint, each checked against the others; nothing is loaded."""
     family = find_model(config.model.name)
     folder = find_checkpoint(config)
@@ -70,6 +71,7 @@ def open_model(config: Config, tp: TP, device: str) -> tuple[MultimodalModel, Pl
 
 def load_engine(config: Config, tp: TP, backend: Backend) -> Engine:
     model, plan, checkpoint, model_config = open_model(config, tp, backend.device.type)
+    assert isinstance(model, MultimodalModel), "no engine for this kind of model"
     settings = fit_cache(config, model, plan, tp, backend)
     start = time.perf_counter()
     bytes_read = load_weights(model, checkpoint, plan, tp, backend.device)

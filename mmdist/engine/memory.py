@@ -22,12 +22,13 @@ class RankMemory:
     llm_bytes: int
     vision_bytes: int
     kv_bytes: int
+    picture_kv_bytes: int  # keys and values of the pictures, in families whose layers look at them
     activation_bytes: int
     peak_load_bytes: int
 
     @property
     def total(self) -> int:
-        running = self.llm_bytes + self.vision_bytes + self.kv_bytes + self.activation_bytes
+        running = self.llm_bytes + self.vision_bytes + self.kv_bytes + self.picture_kv_bytes + self.activation_bytes
         return max(running, self.peak_load_bytes)
 
 
@@ -44,6 +45,7 @@ def rank_memory(model: MultimodalModel, plan: Plan, tp: TP, config: EngineConfig
         llm_bytes=llm,
         vision_bytes=vision,
         kv_bytes=shape.bytes(model.dtype),
+        picture_kv_bytes=config.max_pictures * model.memory_numbers() * model.dtype.itemsize,
         activation_bytes=activations,
         peak_load_bytes=llm + vision + largest * model.dtype.itemsize,
     )

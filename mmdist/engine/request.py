@@ -55,6 +55,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose keys and values are in the cache
     image_embeds: torch.Tensor | None = None
+    remembered: bool = False  # the ranks hold what its layers look at
 
     def __post_init__(self) -> None:
         seed = self.request.params.seed

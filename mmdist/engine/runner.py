@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from mmdist.backend import Backend
 from mmdist.engine.batch import Batch
 from mmdist.engine.cache import PagedCache, StepCache
 from mmdist.models.base import MultimodalModel
+from mmdist.models.decoder import Step
 from mmdist.tp import TP
 
 
 class Runner:
     def __init__(self, model: MultimodalModel, cache: PagedCache, tp: TP, backend: Backend):
         self.model, self.cache, self.tp, self.device = model, cache, tp, backend.device
+        self.memories: dict[str, Any] = {}
 
     @torch.inference_mode()
     def encode_images(self, vision: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -21,24 +26,39 @@ class Runner:
         return self.model.encode_images({name: tensor.to(self.device) for name, tensor in vision.items()})
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, image_embeds: list[torch.Tensor]) -> torch.Tensor:
-        """image_embeds (rank 0's; empty elsewhere) -> (len(batch.logits_rows), vocab) logits, equal on every rank."""
+    def forward(
+        self, batch: Batch, image_embeds: Sequence[torch.Tensor] = (), new_memories: Sequence[torch.Tensor] = ()
+    ) -> torch.Tensor:
+        """-> (len(batch.logits_rows), vocab) logits, equal on every rank. The pictures are rank 0's alone."""
+        self.update_memories(batch, new_memories)
         lens = zip(batch.query_lens, batch.context_lens, strict=True)
         positions = torch.cat([torch.arange(context - query, context) for query, context in lens])
-        hidden = self.model(
-            self.to_device(batch.input_ids),
-            positions.to(self.device),
-            StepCache(self.cache, batch),
-            self.to_device(batch.image_rows),
-            self.share_image_embeds(len(batch.image_rows), image_embeds),
+        step = Step(
+            input_ids=self.to_device(batch.input_ids),
+            positions=positions.to(self.device),
+            image_rows=self.to_device(batch.image_rows),
+            image_embeds=self.share_image_embeds(len(batch.image_rows), image_embeds),
+            cache=StepCache(self.cache, batch),
+            query_lens=batch.query_lens,
+            memories=[self.memories.get(name) for name in batch.memory_ids],
         )
+        hidden = self.model(step)
         if not batch.logits_rows:
             return hidden.new_empty(0, 0)
         return self.model.compute_logits(hidden[self.to_device(batch.logits_rows)])
 
-    def share_image_embeds(self, num_rows: int, image_embeds: list[torch.Tensor]) -> torch.Tensor:
+    def update_memories(self, batch: Batch, encoded: Sequence[torch.Tensor]) -> None:
+        """Forget what no running request needs; rank 0's encoded pictures of new ones to all."""
+        self.memories = {name: kept for name, kept in self.memories.items() if name in batch.kept_memories}
+        for i, new in enumerate(batch.new_memories):
+            rows = encoded[i] if self.tp.rank == 0 else self.cache.k.new_empty(new.shape)
+            self.memories[new.id] = self.model.remember(self.tp.broadcast(rows), new.memory)
+
+    def share_image_embeds(self, num_rows: int, image_embeds: Sequence[torch.Tensor]) -> torch.Tensor:
         """Rank 0's (rows, hidden) image embeddings to all."""
-        embeds = torch.cat(image_embeds) if image_embeds else self.cache.k.new_empty(num_rows, self.model.hidden_size)
+        embeds = (
+            torch.cat(list(image_embeds)) if image_embeds else self.cache.k.new_empty(num_rows, self.model.hidden_size)
+        )
         assert len(embeds) == num_rows or self.tp.rank > 0, f"{len(embeds)} image rows for {num_rows} image tokens"
         return self.tp.broadcast(embeds) if num_rows else embeds
 

@@ -69,12 +69,15 @@ class Scheduler:
         if not self.waiting or len(self.running) >= self.config.max_num_seqs:
             return False
         first = self.waiting[0]
+        pictures = sum(s.request.prompt.memory_pictures for s in (first, *self.running))
+        if pictures > self.config.max_pictures:
+            return False
         return self.blocks.can_grow(first, min(first.num_tokens, budget))
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.blocks.release(sequence)
-        sequence.num_computed = 0
+        sequence.num_computed, sequence.remembered = 0, False
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 

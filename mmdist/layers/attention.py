@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -21,6 +23,21 @@ class AttentionCache(Protocol):
     ) -> torch.Tensor:
         """Store k, v (tokens, kv_heads, head_dim); q (tokens, heads, head_dim) -> the same shape."""
         ...
+
+
+@dataclass
+class Context:
+    """What the layers see of a step besides their input.
+
+    rope: cosines and sines of the (tokens,) positions. query_lens: tokens of each sequence, which lie end to end;
+    memories: what each sequence's pictures left to look at, None without.
+    """
+
+    rope: tuple[torch.Tensor, torch.Tensor]
+    cache: AttentionCache
+    positions: torch.Tensor
+    query_lens: Sequence[int]
+    memories: Sequence[Any]
 
 
 class Attention(nn.Module):
@@ -55,9 +72,14 @@ class Attention(nn.Module):
         self.num_kv_heads = self.heads[1]
         self.o_proj = RowParallelLinear(num_heads * head_dim, hidden_size, tp, bias=bias)
 
-    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], cache: AttentionCache) -> torch.Tensor:
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split(self.heads, dim=1)
-        q, k = plain.apply_rope(q, *rope), plain.apply_rope(k, *rope)
-        out = cache.attend(self.layer, q, k, v, scale=self.scale, window=self.window)
+    def project(
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(tokens, hidden) -> rotated q and k, and v, each (tokens, this rank's heads, head_dim)."""
+        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)
+        return plain.apply_rope(q, *rope), plain.apply_rope(k, *rope), v
+
+    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        q, k, v = self.project(x, context.rope)
+        out = context.cache.attend(self.layer, q, k, v, scale=self.scale, window=self.window)
         return self.o_proj(out.flatten(1))

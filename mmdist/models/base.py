@@ -1,23 +1,23 @@
-"""What every family shares: finding it by name, reading its config, the decoder with pictures put into its input."""
+"""What every family shares: a processor on rank 0, and a model whose layers are cut over the ranks.
+
+MultimodalModel generates: a vision encoder on rank 0 and a decoder over all ranks. EncoderModel answers in one forward
+pass. Both are built on meta; see mmdist.weights for the rest.
+"""
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 
-from mmdist.config import ModelConfig, UserError
-from mmdist.layers.attention import AttentionCache
+from mmdist.config import ModelConfig
 from mmdist.layers.embedding import ParallelLMHead
-from mmdist.models.decoder import Decoder, DecoderLayer, decoder_shape
+from mmdist.models.decoder import Decoder, DecoderLayer, Step, decoder_shape
 from mmdist.tp import TP
 from mmdist.weights import Renames
 
@@ -27,16 +27,21 @@ class Prompt:
     """One request as the model takes it.
 
     token_ids: image tokens already expanded. image_positions: where in token_ids the rows of encode_images go.
-    vision: the tensors encode_images takes; empty without pictures.
+    vision: the tensors encode_images takes; empty without pictures. memory: for families whose layers look at the
+    pictures, what every rank is told about them (plain data; None without pictures), and memory_pictures: how many.
     """
 
     token_ids: list[int]
     image_positions: list[int] = field(default_factory=list)
     vision: dict[str, torch.Tensor] = field(default_factory=dict)
+    memory: Any = None
+    memory_pictures: int = 0
 
 
 class Processor(ABC):
     """Rank 0's door between people and tokens; a family implements it with transformers' processor."""
+
+    stop: Sequence[str] = ()  # texts that end this family's answers
 
     @abstractmethod
     def prompt(self, *, images: Sequence[Any], messages: list[dict] | None = None, text: str | None = None) -> Prompt:
@@ -47,21 +52,70 @@ class Processor(ABC):
         """Text without special tokens."""
 
 
-class MultimodalModel(nn.Module, ABC):
-    """A vision encoder on rank 0 and a decoder cut over the ranks. Built on meta; see mmdist.weights for the rest."""
+class Model(nn.Module, ABC):
+    """What plan, weights and launcher need of any family."""
 
     config_class: ClassVar[Any]  # a transformers config
-    renames: ClassVar[Renames]
+    renames: ClassVar[Renames] = {}
     ignored: ClassVar[Sequence[str]] = ()
+
+    @classmethod
+    @abstractmethod
+    def num_heads(cls, config: Any) -> int:
+        """Attention heads; no world size is larger."""
+
+    @classmethod
+    @abstractmethod
+    def describe_layer(cls, config: Any) -> str:
+        """In words, what has to divide into the ranks."""
+
+    @classmethod
+    @abstractmethod
+    def build_layer(cls, config: Any, tp: TP) -> nn.Module:
+        """One layer cut for `tp`; UserError when it cannot be."""
+
+    @classmethod
+    @abstractmethod
+    def load_processor(cls, folder: Path, config: Any, options: ModelConfig) -> Processor:
+        """The checkpoint's tokenizer, image processor and chat template."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype: ...
+
+    @abstractmethod
+    def numbers_reduced(self) -> int:
+        """Numbers all-reduced for each token of a forward pass."""
+
+
+class MultimodalModel(Model):
+    """A vision encoder on rank 0 and a decoder cut over the ranks."""
 
     def __init__(self, config: Any, tp: TP):
         super().__init__()
         self.config = config
         text = config.text_config
-        self.decoder = Decoder(text, tp)
+        self.decoder = self.build_decoder(config, tp)
         self.lm_head = ParallelLMHead(text.vocab_size, text.hidden_size, tp)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.decoder.embed_tokens.weight
+
+    @classmethod
+    def num_heads(cls, config: Any) -> int:
+        return decoder_shape(config.text_config).num_heads
+
+    @classmethod
+    def describe_layer(cls, config: Any) -> str:
+        shape = decoder_shape(config.text_config)
+        heads = f"{shape.num_heads} attention heads, {shape.num_kv_heads} KV heads"
+        return f"{heads} and intermediate_size {shape.intermediate_size}"
+
+    @classmethod
+    def build_layer(cls, config: Any, tp: TP) -> nn.Module:
+        return DecoderLayer(decoder_shape(config.text_config), tp, 0)
+
+    def build_decoder(self, config: Any, tp: TP) -> Decoder:
+        return Decoder(config.text_config, tp)
 
     @property
     def first_layer(self) -> DecoderLayer:
@@ -76,6 +130,11 @@ class MultimodalModel(nn.Module, ABC):
         return self.decoder.shape.num_layers
 
     @property
+    def num_cached_layers(self) -> int:
+        """Layers that keep keys and values of the tokens."""
+        return self.num_layers
+
+    @property
     def head_dim(self) -> int:
         return self.decoder.shape.head_dim
 
@@ -88,111 +147,57 @@ class MultimodalModel(nn.Module, ABC):
     def max_model_len(self) -> int:
         return self.decoder.shape.max_model_len
 
-    @property
-    def num_all_reduces(self) -> int:
-        """All-reduces of (tokens, hidden) in a forward pass: the embedding, then two a layer."""
-        return 1 + 2 * self.num_layers
+    def numbers_reduced(self) -> int:
+        """All-reduces of (tokens, hidden): the embedding, then two a layer."""
+        return (1 + 2 * self.num_layers) * self.hidden_size
 
     @property
     def vocab_size(self) -> int:
         return self.decoder.shape.vocab_size
 
-    @abstractmethod
-    def vision_activations(self) -> int:
-        """Numbers that live at once while rank 0 encodes pictures."""
-
     @property
     def dtype(self) -> torch.dtype:
         return self.lm_head.weight.dtype
 
-    @classmethod
     @abstractmethod
-    def load_processor(cls, folder: Path, config: Any, options: ModelConfig) -> Processor:
-        """The checkpoint's tokenizer, image processor and chat template."""
+    def vision_activations(self) -> int:
+        """Numbers that live at once while rank 0 encodes pictures."""
+
+    def memory_numbers(self) -> int:
+        """Numbers that `remember` keeps of one picture on this rank."""
+        return 0
 
     @abstractmethod
     def encode_images(self, vision: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Prompt.vision -> (image tokens, hidden); rank 0 only."""
+        """Prompt.vision -> (rows, width): image tokens, or what `remember` takes; rank 0 only."""
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        cache: AttentionCache,
-        image_rows: torch.Tensor,
-        image_embeds: torch.Tensor,
-    ) -> torch.Tensor:
-        """(tokens,) ids and positions -> (tokens, hidden); image_embeds replace the embeddings at image_rows."""
-        embeds = self.decoder.embed_tokens(input_ids)
-        if len(image_rows):
-            embeds = embeds.index_copy(0, image_rows, image_embeds)
-        return self.decoder(embeds, positions, cache)
+    def remember(self, encoded: torch.Tensor, memory: Any) -> Any:
+        """encode_images' rows and Prompt.memory -> what the layers look at while the request runs; on every rank."""
+        raise NotImplementedError(f"{type(self).__name__} puts pictures into its input; Prompt.memory must be None")
+
+    def forward(self, step: Step) -> torch.Tensor:
+        """-> (tokens, hidden); image_embeds replace the embeddings at image_rows."""
+        embeds = self.decoder.embed_tokens(step.input_ids)
+        if len(step.image_rows):
+            embeds = embeds.index_copy(0, step.image_rows, step.image_embeds)
+        return self.decoder(embeds, step)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(rows, hidden) -> (rows, vocab), equal on every rank."""
         return self.lm_head(hidden)
 
 
-def list_models() -> list[str]:
-    """The families: the names of conf/model and mmdist/models."""
-    own = {"__init__", "base", "decoder", "hub", "vision"}
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in own)
+class EncoderModel(Model):
+    """Answers in one forward pass: rank 0 embeds the inputs and reads the result, the layers are cut over all ranks."""
 
+    @abstractmethod
+    def embed(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompt.vision of a batch -> (batch, tokens, hidden) and a (batch, tokens) bool mask; rank 0 only."""
 
-def find_model(name: str) -> type[MultimodalModel]:
-    if name not in list_models() or find_spec(f"mmdist.models.{name}") is None:
-        raise UserError(f"model={name}: no file mmdist/models/{name}.py; there are: {', '.join(list_models())}")
-    return import_module(f"mmdist.models.{name}").MODEL
+    @abstractmethod
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
+        """(batch, tokens, hidden) -> the same; kind says what the tokens are."""
 
-
-def load_model_config(family: type[MultimodalModel], folder: Path) -> Any:
-    """config.json with its class defaults, refused when it is of another model type."""
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise UserError(f"checkpoint={folder}: no such folder; give a folder with config.json and *.safetensors")
-    if not path.exists():
-        raise UserError(f"checkpoint={folder}: no config.json in it; give a folder with config.json and *.safetensors")
-    try:
-        model_type = json.loads(path.read_text()).get("model_type")
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error}); copy it again") from error
-    name = family.__module__.rpartition(".")[2]
-    if model_type != family.config_class.model_type:
-        raise UserError(
-            f"{path}: model_type is {model_type}, model={name} wants "
-            f"{family.config_class.model_type}; choose another model= ({', '.join(list_models())}) or checkpoint="
-        )
-    return family.config_class.from_pretrained(folder)
-
-
-def build_model(family: type[MultimodalModel], config: Any, tp: TP, dtype: torch.dtype) -> MultimodalModel:
-    """The model of one rank on `meta`: shapes, no memory."""
-    check_world_size(config, tp.size)
-    with torch.device("meta"):
-        model = family(config, tp)
-    return model.to(dtype).eval().requires_grad_(False)
-
-
-def legal_world_sizes(config: Any) -> list[int]:
-    """Every size that one decoder layer can be cut into, found by asking the layer."""
-    shape = decoder_shape(config.text_config)
-    return [size for size in range(1, shape.num_heads + 1) if fits(shape, size)]
-
-
-def fits(shape: Any, size: int) -> bool:
-    try:
-        with torch.device("meta"):
-            DecoderLayer(shape, TP(0, size), 0)
-    except UserError:
-        return False
-    return True
-
-
-def check_world_size(config: Any, size: int) -> None:
-    shape = decoder_shape(config.text_config)
-    if not fits(shape, size):
-        legal = ", ".join(map(str, legal_world_sizes(config)))
-        raise UserError(
-            f"world_size={size}: {shape.num_heads} attention heads, {shape.num_kv_heads} KV heads and "
-            f"intermediate_size {shape.intermediate_size} cannot be cut into {size} equal parts; legal sizes: {legal}"
-        )
+    @abstractmethod
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens, hidden) -> (batch, scores); rank 0 only."""

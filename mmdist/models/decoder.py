@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from mmdist.config import UserError
-from mmdist.layers.attention import Attention, AttentionCache
+from mmdist.layers.attention import Attention, AttentionCache, Context
 from mmdist.layers.embedding import VocabParallelEmbedding
 from mmdist.layers.mlp import GatedMLP
 from mmdist.layers.norm import RMSNorm
@@ -82,23 +83,47 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.mlp = GatedMLP(shape.hidden_size, shape.intermediate_size, shape.activation, tp, bias=shape.mlp_bias)
 
-    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], cache: AttentionCache) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache)
+    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+@dataclass
+class Step:
+    """One forward pass: sequences laid end to end.
+
+    input_ids, positions: (tokens,). image_embeds replace the embeddings at image_rows. query_lens: tokens of each
+    sequence; memories: what MultimodalModel.remember made of its pictures, None without.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    image_rows: torch.Tensor
+    image_embeds: torch.Tensor
+    cache: AttentionCache
+    query_lens: Sequence[int]
+    memories: Sequence[Any]
+
+
 class Decoder(nn.Module):
+    extra_embeddings: ClassVar[int] = 0  # rows of the embedding table beyond the vocabulary
+
     def __init__(self, config: Any, tp: TP):
         super().__init__()
         self.shape = decoder_shape(config)
-        self.embed_tokens = VocabParallelEmbedding(self.shape.vocab_size, self.shape.hidden_size, tp)
-        self.layers = nn.ModuleList(DecoderLayer(self.shape, tp, layer) for layer in range(self.shape.num_layers))
+        num_embeddings = self.shape.vocab_size + self.extra_embeddings
+        self.embed_tokens = VocabParallelEmbedding(num_embeddings, self.shape.hidden_size, tp)
+        self.layers = nn.ModuleList(self.build_layer(config, tp, layer) for layer in range(self.shape.num_layers))
         self.norm = RMSNorm(self.shape.hidden_size, self.shape.rms_norm_eps)
         self.rope = RotaryEmbedding(config)
 
-    def forward(self, embeds: torch.Tensor, positions: torch.Tensor, cache: AttentionCache) -> torch.Tensor:
-        """(tokens, hidden) input embeddings at (tokens,) positions -> (tokens, hidden)."""
-        rope = self.rope(positions, embeds.dtype)
+    def build_layer(self, config: Any, tp: TP, layer: int) -> nn.Module:
+        return DecoderLayer(self.shape, tp, layer)
+
+    def forward(self, embeds: torch.Tensor, step: Step) -> torch.Tensor:
+        """(tokens, hidden) input embeddings -> (tokens, hidden)."""
+        rope = self.rope(step.positions, embeds.dtype)
+        context = Context(rope, step.cache, step.positions, step.query_lens, step.memories)
         for layer in self.layers:
-            embeds = layer(embeds, rope, cache)
+            embeds = layer(embeds, context)
         return self.norm(embeds)

@@ -11,7 +11,8 @@ from mmdist.backend import GIB, find_device, memory_per_rank
 from mmdist.config import PlanConfig, UserError
 from mmdist.engine.load import asked_world_size, find_checkpoint, open_model
 from mmdist.engine.memory import RankMemory, rank_memory
-from mmdist.models.base import check_world_size, find_model, legal_world_sizes, load_model_config
+from mmdist.models.base import MultimodalModel
+from mmdist.models.family import check_world_size, find_model, legal_world_sizes, load_model_config
 from mmdist.tp import TP
 
 ON_RANKS = False
@@ -23,12 +24,13 @@ def check(config: PlanConfig) -> None:
 
 def run(config: PlanConfig) -> int:
     device = find_device(config.hardware)
-    model_config = load_model_config(find_model(config.model.name), find_checkpoint(config))
-    legal = legal_world_sizes(model_config)
+    family = find_model(config.model.name)
+    model_config = load_model_config(family, find_checkpoint(config))
+    legal = legal_world_sizes(family, model_config)
     size = asked_world_size(config, legal, device)
     plan: dict[str, Any] = {"world_size": size, "legal_world_sizes": legal, "fits": False}
     try:
-        check_world_size(model_config, size)
+        check_world_size(family, model_config, size)
     except UserError:
         if config.format == "json":
             print(json.dumps({**plan, "allreduce_bytes_per_token": 0, "ranks": [], "parameters": []}))
@@ -49,9 +51,10 @@ def make_plan(config: PlanConfig, size: int, device: str) -> dict[str, Any]:
     ranks: list[RankMemory] = []
     for rank in range(min(size, 2)):  # all ranks but the first are alike
         model, plan, checkpoint, _ = open_model(config, TP(rank, size), device)
+        assert isinstance(model, MultimodalModel), "no plan for this kind of model"
         ranks.append(rank_memory(model, plan, TP(rank, size), config.engine))
     memory = memory_per_rank(config.hardware, device, size)
-    reduced = model.num_all_reduces * model.hidden_size * model.dtype.itemsize if size > 1 else 0
+    reduced = model.numbers_reduced() * model.dtype.itemsize if size > 1 else 0
     parameters = [
         {
             "name": checkpoint.names[name],
@@ -77,7 +80,7 @@ def table(plan: dict[str, Any]) -> str:
              "replicated": "whole on every rank", "rank0": "on rank 0 alone"}  # fmt: skip
     legal = ", ".join(map(str, plan["legal_world_sizes"]))
     lines = [f"world_size={plan['world_size']} ({plan['dtype']}); legal sizes: {legal}", ""]
-    columns = ("llm", "vision", "kv", "activation", "peak_load")
+    columns = ("llm", "vision", "kv", "picture_kv", "activation", "peak_load")
     lines.append("rank" + "".join(f"{name:>13}" for name in columns) + "   (GiB)")
     for rank in plan["ranks"]:
         lines.append(f"{rank['rank']:4}" + "".join(f"{rank[name + '_bytes'] / GIB:13.3f}" for name in columns))
