@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import LlavaNextForConditionalGeneration
 
 LOG_EVERY = 50
 SAVE_EVERY = 200
@@ -21,7 +20,7 @@ SAVE_EVERY = 200
 class Learner:
     """What training changes, and where it stands."""
 
-    model: LlavaNextForConditionalGeneration
+    model: nn.Module
     heads: nn.Module
     seed: int
     state_file: Path | None = None

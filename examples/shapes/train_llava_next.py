@@ -12,8 +12,9 @@ from transformers import LlavaNextForConditionalGeneration
 from checkpoint import save_checkpoint
 from loop import Learner
 from model_llava_next import build_config
+from patches import PatchHeads
 from rows import make_pictures
-from stages import ROUNDS, PatchHeads, run_round, run_stage_a
+from stages import ROUNDS, run_round, run_stage_a
 
 
 def parse_args() -> argparse.Namespace:

@@ -31,7 +31,7 @@ SIZES = ("small", "large")
 DIAMETERS = {"small": (0.20, 0.24), "large": (0.36, 0.40)}
 COUNT_WEIGHTS = (0.12, 0.38, 0.25, 0.25)  # of one, two, three and four objects
 SUPERSAMPLING = 3
-ODD_ASPECT = (1.4, 3.2)
+ASPECTS = {"square": (1.0, 1.0), "normal": (1.0, 1.4), "odd": (1.4, 3.2)}
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class Scene:
         return math.sqrt(self.width * self.height)
 
 
-def sample_size(rng: np.random.Generator, mean_side: tuple[float, float], odd: bool) -> tuple[int, int]:
-    """Width and height: their geometric mean is in `mean_side`, the aspect ratio in 1.4 - 3.2 if odd, else below."""
-    low, high = ODD_ASPECT if odd else (1.0, ODD_ASPECT[0])
+def sample_size(rng: np.random.Generator, mean_side: tuple[float, float], aspect_kind: str) -> tuple[int, int]:
+    """Width and height: their geometric mean is in `mean_side`, the aspect ratio as ASPECTS says, either way."""
+    low, high = ASPECTS[aspect_kind]
     aspect = math.exp(rng.uniform(math.log(low), math.log(high)))
     side = rng.uniform(*mean_side)
     long, short = round(side * math.sqrt(aspect)), round(side / math.sqrt(aspect))
