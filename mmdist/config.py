@@ -12,7 +12,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
-FREE_TEXT_KEYS = ("prompt", "image", "input", "output", "checkpoint", "output_dir", "model.chat_template")
+FREE_TEXT_KEYS = ("prompt", "image", "video", "input", "output", "checkpoint", "output_dir", "model.chat_template")
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -45,6 +45,7 @@ class ModelConfig:
         None, "the checkpoint shipped with this repository, used when checkpoint= is not given"
     )
     demo_image: str | None = key(None, "the picture shown when neither checkpoint, image nor prompt is given")
+    demo_video: str | None = key(None, "the video shown instead of a picture")
     demo_prompt: str | None = key(None, "the question asked then")
 
 
@@ -176,17 +177,27 @@ class Config:
 
 
 @dataclass
-class ChatConfig(SamplingParams, Config):
+class VideoConfig:
+    video_frames: int = key(8, "frames taken from a video, evenly spread (model=llava_next_video)")
+
+    def check_video(self) -> None:
+        require(self.video_frames > 0, "video_frames", self.video_frames, "a whole number above 0")
+
+
+@dataclass
+class ChatConfig(VideoConfig, SamplingParams, Config):
     image: str | None = key(None, "a picture")
+    video: str | None = key(None, "a video instead: a file that PyAV reads, or frames as .npy")
     prompt: str | None = key(None, "a question; without one, and with a terminal, a conversation starts")
 
     def __post_init__(self) -> None:
         Config.__post_init__(self)
         SamplingParams.__post_init__(self)
+        self.check_video()
 
 
 @dataclass
-class GenerateConfig(SamplingParams, Config):
+class GenerateConfig(VideoConfig, SamplingParams, Config):
     input: str | None = key(
         None, "a file of requests (one JSON object a line), or a folder of pictures (then with prompt=)"
     )
@@ -198,6 +209,7 @@ class GenerateConfig(SamplingParams, Config):
     def __post_init__(self) -> None:
         Config.__post_init__(self)
         SamplingParams.__post_init__(self)
+        self.check_video()
         require(self.input is not None, "input", None, "a requests.jsonl or a folder of pictures: input=FILE")
 
 

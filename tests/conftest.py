@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,43 +28,70 @@ from mmdist.config import Config, EngineConfig, ModelConfig, SamplingParams
 from mmdist.engine.engine import Engine
 from mmdist.engine.load import load_engine
 from mmdist.engine.request import Output, Request
-from mmdist.tasks.requests import load_image
+from mmdist.tasks.requests import build_request
 from mmdist.tp import TP
+from weights_tools.cli import main as weights_tools
 
 pytest_plugins = ["split_cases"]
 GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Whose a golden case is. folder: its files, if several cases share them. settings: `weights_tools convert --set`
+    for an original layout; None for a Hugging Face folder."""
+
+    model: str
+    folder: str | None = None
+    settings: tuple[str, ...] | None = None
+
+
 FAMILIES = {
-    "llava_next_mistral": "llava_next",
-    "llava_next_vicuna": "llava_next",
-    "llava_next_34b": "llava_next",
-    "llava_15": "llava",
+    "llava_next_mistral": Family("llava_next"),
+    "llava_next_vicuna": Family("llava_next"),
+    "llava_next_34b": Family("llava_next"),
+    "llava_15": Family("llava"),
+    "llava_next_video": Family("llava_next_video"),
+    "mllama": Family("mllama"),
 }
 CPU = Backend(torch.device("cpu"), "gloo")
+CONVERTED: dict[str, Path] = {}  # original layouts, each converted once a session
 
 torch.set_num_threads(1)
 
 
 @dataclass
 class Case:
-    """A golden case: a tiny checkpoint, its inputs, and what the reference code made of them."""
+    """A golden case of a family that generates: a tiny checkpoint, its inputs, and what the reference code made."""
 
     name: str
 
     @property
-    def folder(self) -> Path:
-        return GOLDEN / self.name
-
-    @property
-    def model(self) -> str:
+    def family(self) -> Family:
         return FAMILIES[self.name]
 
     @property
+    def folder(self) -> Path:
+        return GOLDEN / (self.family.folder or self.name)
+
+    @property
+    def model(self) -> str:
+        return self.family.model
+
+    @property
     def checkpoint(self) -> Path:
-        return self.folder / "checkpoint"
+        source = self.folder / "checkpoint"
+        if self.family.settings is None:
+            return source
+        if self.name not in CONVERTED:
+            CONVERTED[self.name] = convert(self.model, source, self.family.settings)
+        return CONVERTED[self.name]
 
     @property
     def items(self) -> dict[str, dict[str, Any]]:
-        return {item["id"]: item for item in json.loads((self.folder / "inputs" / "items.json").read_text())["items"]}
+        """Requests as a user writes them, by id."""
+        lines = json.loads((self.folder / "inputs" / "items.json").read_text())["items"]
+        return {item["id"]: item for item in lines if item.get("case", self.name) == self.name}
 
     def reference(self) -> Any:
         return np.load(self.folder / "golden.npz")
@@ -70,9 +100,17 @@ class Case:
         return [self.folder / "inputs" / name for name in self.items[item_id].get("images", [])]
 
     def request(self, engine: Engine, item_id: str, **params: Any) -> Request:
-        images = [load_image(path) for path in self.image_paths(item_id)]
-        prompt = engine.prompts.prompt(messages=self.items[item_id]["messages"], images=images)
-        return Request(item_id, prompt, SamplingParams(**params))
+        entry = {key: value for key, value in self.items[item_id].items() if key != "case"}
+        return build_request(entry, engine.prompts, SamplingParams(**params), self.folder / "inputs")
+
+
+def convert(model: str, source: Path, settings: tuple[str, ...]) -> Path:
+    """An original layout as one plain folder, in a temporary place."""
+    folder = Path(tempfile.mkdtemp(prefix="mmdist-tests-")) / model
+    atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
+    sets = [word for setting in settings for word in ("--set", setting)]
+    assert weights_tools(["convert", model, "--src", str(source), "--dst", str(folder), *sets]) == 0
+    return folder
 
 
 def config_for(checkpoint: Path | Case, *, dtype: str = "float32", **engine: Any) -> Config:

@@ -243,7 +243,8 @@ def test_memory_grows_with_what_it_counts(mistral: Case) -> None:
 def test_conversation_keeps_its_history(mistral: Case, monkeypatch: Any, capsys: Any) -> None:
     """The second turn is computed from the first one's picture, question and answer; /reset forgets them."""
     config = config_for(mistral.checkpoint, max_num_seqs=1)
-    conversation = chat.Conversation(load_engine(config, TP(), CPU), SamplingParams(max_new_tokens=3, ignore_eos=True))
+    params = SamplingParams(max_new_tokens=3, ignore_eos=True)
+    conversation = chat.Conversation(load_engine(config, TP(), CPU), params, 8)
     prompts = []
     build = type(conversation.engine.prompts).prompt
     monkeypatch.setattr(

@@ -109,3 +109,19 @@ def decode_attention(
     grouped = q.view(batch, k.shape[2], -1, head_dim)
     out = F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), mask, scale=scale)
     return out.reshape(batch, heads, head_dim)
+
+
+def masked_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, *, scale: float
+) -> torch.Tensor:
+    """q (query, heads, head_dim) over k, v (context, kv_heads, head_dim) -> q's shape.
+
+    mask: (query, context) bool, None where all is seen. Query heads that share a KV head go in as rows of one product.
+    """
+    query, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    stacked = q.view(query, kv_heads, -1, head_dim).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, head_dim)
+    if mask is not None:
+        mask = mask.repeat(heads // kv_heads, 1)
+    out = F.scaled_dot_product_attention(stacked, k.transpose(0, 1)[None], v.transpose(0, 1)[None], mask, scale=scale)
+    return out.view(kv_heads, -1, query, head_dim).permute(2, 0, 1, 3).reshape(query, heads, head_dim)

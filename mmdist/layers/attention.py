@@ -40,6 +40,13 @@ class Context:
     memories: Sequence[Any]
 
 
+def kv_copies(num_kv_heads: int, tp: TP) -> int:
+    """KV heads cannot be cut below one, so this many neighbouring ranks hold the same head."""
+    copies = tp.size // num_kv_heads if tp.size % num_kv_heads == 0 else 1
+    TP(size=tp.size // copies).divide(num_kv_heads, "num_key_value_heads")
+    return copies
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions: (tokens, hidden) -> (tokens, hidden)."""
 
@@ -59,9 +66,7 @@ class Attention(nn.Module):
         self.layer, self.head_dim, self.window = layer, head_dim, window
         self.scale = head_dim**-0.5
         tp.divide(num_heads, "num_attention_heads")
-        # KV heads cannot be cut below one, so `copies` neighbouring ranks hold the same head.
-        copies = tp.size // num_kv_heads if tp.size % num_kv_heads == 0 else 1
-        TP(size=tp.size // copies).divide(num_kv_heads, "num_key_value_heads")
+        copies = kv_copies(num_kv_heads, tp)
         pieces = [
             Piece(num_heads * head_dim, "q_proj"),
             Piece(num_kv_heads * head_dim, "k_proj", copies),

@@ -16,15 +16,15 @@ STATIC_SCALINGS = ("linear", "llama3", "yarn")
 class RotaryEmbedding(nn.Module):
     """positions -> the cosines and sines that `kernels.plain.apply_rope` rotates by.
 
-    config: a transformers text config (its rope_parameters and head_dim say everything).
+    config: a transformers text config (its rope_parameters say the rest).
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, head_dim: int):
         super().__init__()
         rope_type = config.rope_parameters["rope_type"]
         if rope_type != "default" and rope_type not in STATIC_SCALINGS:
             raise UserError(f"rope_type={rope_type}: expected default, {', '.join(STATIC_SCALINGS)}")
-        self.config = config
+        self.config, self.head_dim = config, head_dim
         self.scaling = 1.0
         self.inv_freq = torch.empty(0)
 
@@ -32,9 +32,7 @@ class RotaryEmbedding(nn.Module):
         """Compute what is not stored in a checkpoint; called once, after the weights are loaded."""
         parameters = self.config.rope_parameters
         if parameters["rope_type"] == "default":
-            exponents = (
-                torch.arange(0, self.config.head_dim, 2, device=device, dtype=torch.float32) / self.config.head_dim
-            )
+            exponents = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
             self.inv_freq = parameters["rope_theta"] ** -exponents
         else:
             self.inv_freq, self.scaling = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](self.config, device)

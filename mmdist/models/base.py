@@ -29,6 +29,7 @@ class Prompt:
     token_ids: image tokens already expanded. image_positions: where in token_ids the rows of encode_images go.
     vision: the tensors encode_images takes; empty without pictures. memory: for families whose layers look at the
     pictures, what every rank is told about them (plain data; None without pictures), and memory_pictures: how many.
+    truncated: the text was longer than the model takes, and its end is left out.
     """
 
     token_ids: list[int]
@@ -36,12 +37,14 @@ class Prompt:
     vision: dict[str, torch.Tensor] = field(default_factory=dict)
     memory: Any = None
     memory_pictures: int = 0
+    truncated: bool = False
 
 
 class Processor(ABC):
     """Rank 0's door between people and tokens; a family implements it with transformers' processor."""
 
     stop: Sequence[str] = ()  # texts that end this family's answers
+    takes_video: bool = False  # prompt() then also has videos=, each a list of PIL frames
 
     @abstractmethod
     def prompt(self, *, images: Sequence[Any], messages: list[dict] | None = None, text: str | None = None) -> Prompt:
@@ -97,8 +100,13 @@ class MultimodalModel(Model):
         text = config.text_config
         self.decoder = self.build_decoder(config, tp)
         self.lm_head = ParallelLMHead(text.vocab_size, text.hidden_size, tp)
-        if config.tie_word_embeddings:
+        if self.is_tied(config):
             self.lm_head.weight = self.decoder.embed_tokens.weight
+
+    @classmethod
+    def is_tied(cls, config: Any) -> bool:
+        """True where the head's weight is the embedding's."""
+        return config.tie_word_embeddings
 
     @classmethod
     def num_heads(cls, config: Any) -> int:
@@ -188,16 +196,31 @@ class MultimodalModel(Model):
 
 
 class EncoderModel(Model):
-    """Answers in one forward pass: rank 0 embeds the inputs and reads the result, the layers are cut over all ranks."""
+    """Answers in one forward pass: rank 0 embeds the inputs and reads the result, the layers are cut over all ranks.
+
+    A batch holds prompts of one kind (say pictures alone): a word of the family's own that says how its layers take it.
+    """
+
+    @property
+    @abstractmethod
+    def hidden_size(self) -> int: ...
 
     @abstractmethod
-    def embed(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompt.vision of a batch -> (batch, tokens, hidden) and a (batch, tokens) bool mask; rank 0 only."""
+    def activations(self, num_seqs: int) -> int:
+        """Bytes of the largest tensors that live at once in a batch of `num_seqs` prompts."""
+
+    @abstractmethod
+    def kind(self, prompt: Prompt) -> str:
+        """The kind of batch a prompt belongs into; UserError when this checkpoint has no use for it."""
+
+    @abstractmethod
+    def embed(self, prompts: Sequence[Prompt], kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> (batch, tokens, hidden), and a (batch, tokens) bool mask on the CPU; rank 0 only."""
 
     @abstractmethod
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
-        """(batch, tokens, hidden) -> the same; kind says what the tokens are."""
+        """(batch, tokens, hidden) -> the same, on every rank."""
 
     @abstractmethod
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens, hidden) -> (batch, scores); rank 0 only."""
+    def head(self, hidden: torch.Tensor, kind: str) -> torch.Tensor:
+        """(batch, tokens, hidden) -> (batch, scores or features) in float32; rank 0 only."""

@@ -37,10 +37,11 @@ class DecoderShape:
     window: int | None
 
 
-# Per transformers model_type, where it keeps (attention bias, MLP bias, sliding window).
+# Per transformers model_type, where it keeps (head_dim, attention bias, MLP bias, sliding window).
 VARIANTS = {
-    "llama": lambda config: (config.attention_bias, config.mlp_bias, None),
-    "mistral": lambda config: (False, False, config.sliding_window),
+    "llama": lambda config: (config.head_dim, config.attention_bias, config.mlp_bias, None),
+    "mistral": lambda config: (config.head_dim, False, False, config.sliding_window),
+    "mllama_text_model": lambda config: (config.hidden_size // config.num_attention_heads, False, False, None),
 }
 
 
@@ -48,14 +49,14 @@ def decoder_shape(config: Any) -> DecoderShape:
     """Read a transformers text config (class defaults already filled in)."""
     if config.model_type not in VARIANTS:
         raise UserError(f"text_config.model_type={config.model_type}: expected {', '.join(VARIANTS)}")
-    attention_bias, mlp_bias, window = VARIANTS[config.model_type](config)
+    head_dim, attention_bias, mlp_bias, window = VARIANTS[config.model_type](config)
     return DecoderShape(
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
+        head_dim=head_dim,
         vocab_size=config.vocab_size,
         rms_norm_eps=config.rms_norm_eps,
         activation=config.hidden_act,
@@ -115,7 +116,7 @@ class Decoder(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(num_embeddings, self.shape.hidden_size, tp)
         self.layers = nn.ModuleList(self.build_layer(config, tp, layer) for layer in range(self.shape.num_layers))
         self.norm = RMSNorm(self.shape.hidden_size, self.shape.rms_norm_eps)
-        self.rope = RotaryEmbedding(config)
+        self.rope = RotaryEmbedding(config, self.shape.head_dim)
 
     def build_layer(self, config: Any, tp: TP, layer: int) -> nn.Module:
         return DecoderLayer(self.shape, tp, layer)

@@ -6,7 +6,7 @@ Checkpoints: Hugging Face folders, with the hub's names or those that transforme
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers  # classes are looked up when used: importing them here would triple the start-up time
@@ -14,13 +14,12 @@ from torch import nn
 from transformers.models import llava_next as reference
 
 from mmdist.config import ModelConfig
-from mmdist.models.base import MultimodalModel, Processor
-from mmdist.models.hub import IGNORED, RENAMES, LlavaPrompts
+from mmdist.models.base import Processor
+from mmdist.models.llava import LlavaModel, LlavaProcessor
 from mmdist.models.vision import ClipEncoder
-from mmdist.tp import TP
 
 
-class LlavaNextVision(ClipEncoder):
+class LlavaNextEncoder(ClipEncoder):
     """Adds the learned vector that ends each row of a picture's grid."""
 
     def __init__(self, config: Any):
@@ -28,19 +27,14 @@ class LlavaNextVision(ClipEncoder):
         self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size))
 
 
-class LlavaNext(MultimodalModel):
-    vision: LlavaNextVision
-    config_class = transformers.LlavaNextConfig
-    renames = RENAMES
-    ignored = IGNORED
-
-    def __init__(self, config: Any, tp: TP):
-        super().__init__(config, tp)
-        self.vision = LlavaNextVision(config)
+class LlavaNext(LlavaModel):
+    vision: LlavaNextEncoder
+    config_class: ClassVar[Any] = transformers.LlavaNextConfig
+    encoder_class = LlavaNextEncoder
 
     @classmethod
     def load_processor(cls, folder: Path, config: Any, options: ModelConfig) -> Processor:
-        return LlavaPrompts(transformers.LlavaNextProcessor.from_pretrained(folder), folder, config, options)
+        return LlavaProcessor(transformers.LlavaNextProcessor.from_pretrained(folder), folder, config, options)
 
     def encode_images(self, vision: dict[str, torch.Tensor]) -> torch.Tensor:
         """pixel_values (images, tiles, 3, size, size), image_sizes (images, 2) (height, width) -> (tokens, hidden)."""
@@ -52,9 +46,6 @@ class LlavaNext(MultimodalModel):
         tiles = torch.cat([pixels[:count] for pixels, count in zip(vision["pixel_values"], counts, strict=True)])
         features = self.vision(tiles.to(self.vision.image_newline)).split(counts)
         return torch.cat([self.pack(feature, size) for feature, size in zip(features, sizes, strict=True)])
-
-    def vision_activations(self) -> int:
-        return self.vision.activations()
 
     @property
     def pinpoints(self) -> list[list[int]]:

@@ -71,11 +71,12 @@ class ClipEncoder(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(tiles, 3, size, size) -> (tiles, patches, decoder hidden)."""
-        return torch.cat([self.encode(tiles) for tiles in pixel_values.split(MAX_TILES)])
+        return torch.cat([self.projector(self.features(tiles)) for tiles in pixel_values.split(MAX_TILES)])
 
-    def encode(self, tiles: torch.Tensor) -> torch.Tensor:
+    def features(self, tiles: torch.Tensor) -> torch.Tensor:
+        """The tower's output, (tiles, patches, width), as the projector takes it."""
         states = self.tower(tiles, self.layers)
-        return self.projector(states[:, 1:] if self.drop_class_token else states)
+        return states[:, 1:] if self.drop_class_token else states
 
     def activations(self) -> int:
         """Numbers that live at once in one pass over MAX_TILES tiles: pixels, a layer's hidden states, its MLP."""

@@ -17,10 +17,11 @@ from typing import Any
 from mmdist.config import EXIT_INTERRUPTED, REPOSITORY, SAMPLING_KEYS, ChatConfig, SamplingParams, UserError
 from mmdist.engine.engine import Engine
 from mmdist.engine.request import Request
-from mmdist.tasks.requests import load_image, user_message
+from mmdist.tasks.media import load_image, load_video
+from mmdist.tasks.requests import check_takes_video, user_message
 
 ON_RANKS = True
-HELP = "/image PATH  show a picture   /reset  forget the conversation   /help   /quit   Ctrl-C  stop the answer"
+HELP = "/image PATH, /video PATH  show   /reset  forget the conversation   /help   /quit   Ctrl-C  stop the answer"
 KEEP_ALIVE_S = 30  # how often the other ranks hear from rank 0 while a person thinks
 log = logging.getLogger("mmdist.chat")
 
@@ -28,23 +29,28 @@ log = logging.getLogger("mmdist.chat")
 def check(config: ChatConfig) -> None:
     if config.image is not None:
         load_image(Path(config.image))
+    if config.video is not None:
+        load_video(Path(config.video), config.video_frames)
     if config.prompt is None and not is_demo(config) and not sys.stdin.isatty():
         raise UserError("prompt= is missing, and there is no terminal to chat on; ask something with prompt=TEXT")
 
 
 def is_demo(config: ChatConfig) -> bool:
     """Nothing was asked: the shipped checkpoint answers the shipped question."""
-    return config.checkpoint is None and config.image is None and config.prompt is None
+    return all(given is None for given in (config.checkpoint, config.image, config.video, config.prompt))
 
 
 def run(config: ChatConfig, engine: Engine) -> int:
-    conversation = Conversation(engine, SamplingParams(**{name: getattr(config, name) for name in SAMPLING_KEYS}))
-    image, prompt = config.image, config.prompt
+    params = SamplingParams(**{name: getattr(config, name) for name in SAMPLING_KEYS})
+    conversation = Conversation(engine, params, config.video_frames)
+    image, video, prompt = config.image, config.video, config.prompt
     if is_demo(config):
-        image, prompt = str(REPOSITORY / str(config.model.demo_image)), config.model.demo_prompt
-        print(f"{config.model.demo_image}: {prompt}")
+        image, video, prompt = config.model.demo_image, config.model.demo_video, config.model.demo_prompt
+        print(f"{image or video}: {prompt}")
     if image is not None:
-        conversation.show(Path(image))
+        conversation.show(REPOSITORY / image if is_demo(config) else Path(image))
+    if video is not None:
+        conversation.show_video(REPOSITORY / video if is_demo(config) else Path(video))
     if prompt is None:
         converse(conversation)
         return 0
@@ -52,29 +58,36 @@ def run(config: ChatConfig, engine: Engine) -> int:
 
 
 class Conversation:
-    """The history of one chat and its pictures; each answer is computed from all of it."""
+    """The history of one chat, its pictures and videos; each answer is computed from all of it."""
 
-    def __init__(self, engine: Engine, params: SamplingParams):
-        self.engine, self.params = engine, params
+    def __init__(self, engine: Engine, params: SamplingParams, video_frames: int):
+        self.engine, self.params, self.video_frames = engine, params, video_frames
         self.reset()
 
     def reset(self) -> None:
         self.messages: list[dict[str, Any]] = []
         self.images: list[Any] = []
-        self.num_new_images = 0
+        self.videos: list[list[Any]] = []
+        self.num_new_images = self.num_new_videos = 0
 
     def show(self, path: Path) -> None:
         """Put a picture in front of the next question."""
         self.images.append(load_image(path))
         self.num_new_images += 1
 
+    def show_video(self, path: Path) -> None:
+        check_takes_video(self.engine.prompts, str(path))
+        self.videos.append(load_video(path, self.video_frames))
+        self.num_new_videos += 1
+
     def ask(self, text: str) -> bool:
         """Stream the answer to stdout; False when Ctrl-C ended it (what there is of it is kept)."""
-        messages = [*self.messages, user_message(text, self.num_new_images)]
-        prompt = self.engine.prompts.prompt(messages=messages, images=self.images)
+        messages = [*self.messages, user_message(text, self.num_new_images, self.num_new_videos)]
+        media: dict[str, Any] = {"images": self.images} | ({"videos": self.videos} if self.videos else {})
+        prompt = self.engine.prompts.prompt(messages=messages, **media)
         answer, interrupted = self._stream(Request("chat", prompt, self.params))
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]}]
-        self.num_new_images = 0
+        self.num_new_images = self.num_new_videos = 0
         return not interrupted
 
     def _stream(self, request: Request) -> tuple[str, bool]:
@@ -124,6 +137,8 @@ def obey(line: str, conversation: Conversation) -> bool:
         conversation.reset()
     elif command == "/image":
         conversation.show(Path(rest.strip()))
+    elif command == "/video":
+        conversation.show_video(Path(rest.strip()))
     elif command.startswith("/"):
         print(HELP)
     elif line:

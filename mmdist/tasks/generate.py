@@ -94,7 +94,7 @@ class Batch:
                 if name in seen:
                     raise UserError(f"id {name} is given twice; ids must differ")
                 seen.add(name)
-                yield build_request(entry, self.engine.prompts, self.config, self.folder)
+                yield build_request(entry, self.engine.prompts, self.config, self.folder, self.config.video_frames)
             except UserError as error:
                 self.write(answer(failed(name, [], str(error))))
 

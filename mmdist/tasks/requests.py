@@ -9,15 +9,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from PIL import Image, ImageOps, UnidentifiedImageError
-
 from mmdist.config import SAMPLING_KEYS, SamplingParams, UserError
 from mmdist.engine.request import Request
 from mmdist.models.base import Processor
+from mmdist.tasks.media import PICTURE_SUFFIXES, find_file, load_image, load_video
 
-REQUEST_KEYS = {"id", "messages", "prompt", "images", *SAMPLING_KEYS}
+REQUEST_KEYS = {"id", "messages", "prompt", "images", "video", *SAMPLING_KEYS}
 ROLES = ("system", "user", "assistant")
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 
 def read_requests(path: Path) -> Iterator[dict[str, Any]]:
@@ -47,13 +45,15 @@ def read_folder(folder: Path, prompt: str) -> Iterator[dict[str, Any]]:
         yield {"id": path.name, "messages": [user_message(prompt, 1)], "images": [str(path.resolve())]}
 
 
-def user_message(text: str, num_images: int) -> dict[str, Any]:
-    images = [{"type": "image"} for _ in range(num_images)]
-    return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
+def user_message(text: str, num_images: int, num_videos: int = 0) -> dict[str, Any]:
+    media = [{"type": "image"}] * num_images + [{"type": "video"}] * num_videos
+    return {"role": "user", "content": [*media, {"type": "text", "text": text}]}
 
 
-def build_request(entry: dict[str, Any], processor: Processor, defaults: SamplingParams, folder: Path) -> Request:
-    """Relative picture paths are looked up from the working directory, then from `folder`, that of the requests."""
+def build_request(
+    entry: dict[str, Any], processor: Processor, defaults: SamplingParams, folder: Path, video_frames: int = 8
+) -> Request:
+    """Relative paths are looked up from the working directory, then from `folder`, that of the requests."""
     if "error" in entry:
         raise UserError(entry["error"])
     unknown = sorted(entry.keys() - REQUEST_KEYS)
@@ -67,8 +67,22 @@ def build_request(entry: dict[str, Any], processor: Processor, defaults: Samplin
     if messages is None and not isinstance(text, str):
         raise UserError(f"prompt: expected text, found {type(text).__name__}")
     paths = image_paths(as_list(entry, "images"), messages or [])
-    images = [load_image(find_image(path, folder)) for path in paths]
-    return Request(str(entry["id"]), processor.prompt(messages=messages, text=text, images=images), params)
+    media: dict[str, Any] = {"images": [load_image(find_file(path, folder)) for path in paths]}
+    if "video" in entry:
+        media["videos"] = [load_video(video_path(entry["video"], processor, folder), video_frames)]
+    return Request(str(entry["id"]), processor.prompt(messages=messages, text=text, **media), params)
+
+
+def video_path(value: Any, processor: Processor, folder: Path) -> Path:
+    if not isinstance(value, str):
+        raise UserError(f"video: expected a path, found {type(value).__name__}")
+    check_takes_video(processor, value)
+    return find_file(value, folder)
+
+
+def check_takes_video(processor: Processor, video: str) -> None:
+    if not processor.takes_video:
+        raise UserError(f"video={video}: this family takes pictures only; model=llava_next_video takes videos")
 
 
 def as_list(entry: dict[str, Any], name: str) -> list[Any]:
@@ -85,14 +99,16 @@ def check_message(message: Any) -> dict[str, Any]:
     content = message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or not all(map(is_part, parts)):
-        raise UserError('messages: "content" is text or a list of {"type": "text", "text": TEXT} and {"type": "image"}')
+        raise UserError(
+            'messages: "content" is text or a list of {"type": "text", "text": TEXT} and {"type": "image"} or "video"'
+        )
     return {**message, "content": parts}
 
 
 def is_part(part: Any) -> bool:
     if not isinstance(part, dict):
         return False
-    return part.get("type") == "image" or (part.get("type") == "text" and isinstance(part.get("text"), str))
+    return part.get("type") in ("image", "video") or (part.get("type") == "text" and isinstance(part.get("text"), str))
 
 
 def image_paths(images: list[Any], messages: list[dict[str, Any]]) -> list[str]:
@@ -124,22 +140,3 @@ def has_type(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, int | float) if hint is float else isinstance(value, hint)
-
-
-def find_image(path: str, folder: Path) -> Path:
-    return Path(path) if Path(path).exists() else folder / path
-
-
-def load_image(path: Path) -> Image.Image:
-    """An RGB picture, turned as its EXIF says (as transformers.image_utils.load_image does)."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such picture") from error
-    except UnidentifiedImageError as error:
-        raise UserError(f"{path}: not a picture") from error
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: too large ({error}); scale it down first") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: damaged picture ({error})") from error
