@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
     PreTrainedTokenizerFast,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from checkpoint import LLAVA_PREFIXES, make_readable, save_config, save_generation, save_processor, save_weights
 from questions import WORDS
 
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:")
@@ -127,3 +131,13 @@ def build_processor() -> LlavaNextProcessor:
         num_additional_image_tokens=1,  # the class token, which strategy "default" drops again
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def save_checkpoint(model: LlavaNextForConditionalGeneration, folder: Path) -> None:
+    """The hub's layout."""
+    save_weights(model, folder, LLAVA_PREFIXES)
+    extra = {"use_image_newline_parameter": True, "vocab_size": VOCAB_SIZE}
+    save_config(build_config(), "LlavaNextForConditionalGeneration", folder, **extra)
+    save_processor(build_processor(), "LlavaNextImageProcessor", CHAT_TEMPLATE, folder)
+    save_generation(folder, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+    make_readable(folder)

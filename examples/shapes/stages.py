@@ -15,8 +15,9 @@ import torch
 from transformers import LlavaNextForConditionalGeneration
 
 import model_llava_next as m
+from llava_parts import decode_rows, encode_tiles
 from loop import Learner, Stage, run_stage
-from packing import Tally, answer_loss, describe, segment_mask
+from packing import Tally, answer_loss, describe
 from patches import (
     measure_patches,
     normalize,
@@ -46,17 +47,6 @@ WEIGHTS = {
 BATCH_SIZE = 32
 
 
-def encode_tiles(model: LlavaNextForConditionalGeneration, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tiles, 3, 56, 56) -> projected features and first-layer features, both (tiles, 16, hidden)."""
-    tower = model.model.vision_tower
-    x = tower.pre_layrnorm(tower.embeddings(tiles))
-    first = None
-    for layer in tower.encoder.layers[:-1]:  # vision_feature_layer is -2: the last layer is never used
-        x = layer(x, None)
-        first = x if first is None else first
-    return model.model.multi_modal_projector(x[:, 1:]), first[:, 1:]
-
-
 def tile_loss(
     learner: Learner,
     projected: torch.Tensor,
@@ -83,13 +73,7 @@ def answer_logits(model: LlavaNextForConditionalGeneration, batch: Batch, projec
     rows = torch.where(batch.patches == NEWLINE, len(features) - 1, batch.patches)
     embeds = model.get_input_embeddings()(batch.ids)
     embeds = torch.where((batch.ids == m.IMAGE)[..., None], features[rows], embeds)
-    hidden = model.model.language_model(
-        inputs_embeds=embeds,
-        attention_mask=segment_mask(batch.segments),
-        position_ids=batch.positions,
-        use_cache=False,
-    ).last_hidden_state
-    return model.lm_head(hidden[batch.asked])
+    return decode_rows(model, embeds, batch)
 
 
 @torch.no_grad()

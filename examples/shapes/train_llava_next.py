@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from transformers import LlavaNextForConditionalGeneration
 
-from checkpoint import save_checkpoint
 from loop import Learner
-from model_llava_next import build_config
+from model_llava_next import build_config, save_checkpoint
 from patches import PatchHeads
 from rows import make_pictures
 from stages import ROUNDS, run_round, run_stage_a
