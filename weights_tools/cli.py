@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mmdist.config import UserError
-from weights_tools import inspect, split, verify
+from weights_tools import convert, inspect, split, verify
 
 # A verb is a file with add_arguments(parser) and run(args) -> exit code; its first docstring line is its help.
-VERBS = {"split": split, "inspect": inspect, "verify": verify}
+VERBS = {"convert": convert, "split": split, "inspect": inspect, "verify": verify}
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,7 +22,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="weights_tools", description="Split, look into and check the checkpoints mmdist reads.")
+    parser = Parser(
+        prog="weights_tools", description="Convert, split, look into and check the checkpoints mmdist reads."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="|".join(VERBS))
     for name, verb in VERBS.items():
         line = (verb.__doc__ or "").partition("\n")[0]

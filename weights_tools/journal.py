@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mmdist.config import UserError
 from mmdist.manifest import MANIFEST, TensorEntry, tensor_entry
+from weights_tools.folder import clear, lock
 
 JOURNAL = "progress.jsonl"
 
@@ -29,7 +28,7 @@ class Journal:
         if any(folder.iterdir()) and not (self.path.exists() or (folder / MANIFEST).exists()):
             raise UserError(f"{folder}: in the way and not left by a split; move it, or choose another --dst")
         self.file = open(self.path, "a+b")  # noqa: SIM115 - open for as long as the job runs
-        self._lock()
+        lock(self.file, self.path, "split")
         self.done: dict[str, TensorEntry] = {}
         self.pending: list[Any] = []
         lines = self._read_lines()
@@ -37,16 +36,6 @@ class Journal:
             self.done = {raw["name"]: tensor_entry(raw) for raw in lines[1:]}
         else:
             self._start(folder, identity)
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
-        except (BlockingIOError, FileNotFoundError):
-            mine = False
-        if not mine:  # taken, or moved away by the other as it finished
-            self.file.close()
-            raise UserError(f"{self.path.parent}: another split is writing it; wait for it or choose another --dst")
 
     def _read_lines(self) -> list[Any]:
         """The whole lines; one cut off by a kill is removed, with all that follows."""
@@ -65,9 +54,7 @@ class Journal:
         return lines
 
     def _start(self, folder: Path, identity: dict[str, Any]) -> None:
-        for path in folder.iterdir():
-            if path.name != JOURNAL:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        clear(folder, keep=JOURNAL)
         self.file.truncate(0)
         self.pending = [identity]
 

@@ -88,7 +88,7 @@ class SplitJob:
 
     def write(self, dst: Path, *, force: bool = False) -> None:
         """Make the folder dst; until it is whole there is only DST.partial."""
-        check_target(dst, force)
+        check_target(dst, force, "split")
         partial = dst.with_name(f"{dst.name}.partial")
         check_space(partial, self.part_sizes())
         journal = Journal(partial, self.identity())
@@ -98,7 +98,7 @@ class SplitJob:
             save_manifest(self._manifest(journal), partial)
             journal.path.unlink()
             sync_all([*partial.iterdir(), partial])
-            publish(partial, dst, force)
+            publish(partial, dst, force, "split")
         finally:
             journal.close()
 
