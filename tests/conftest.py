@@ -113,9 +113,9 @@ def convert(model: str, source: Path, settings: tuple[str, ...]) -> Path:
     return folder
 
 
-def config_for(checkpoint: Path | Case, *, dtype: str = "float32", **engine: Any) -> Config:
-    """A golden case, or a llava_next checkpoint."""
-    model = checkpoint.model if isinstance(checkpoint, Case) else "llava_next"
+def config_for(checkpoint: Path | Case, *, model: str = "llava_next", dtype: str = "float32", **engine: Any) -> Config:
+    """A golden case, or a checkpoint of the family `model`."""
+    model = checkpoint.model if isinstance(checkpoint, Case) else model
     checkpoint = checkpoint.checkpoint if isinstance(checkpoint, Case) else checkpoint
     settings = EngineConfig(**{"max_model_len": 512, "max_num_seqs": 4, **engine})
     return Config(checkpoint=str(checkpoint), model=ModelConfig(name=model), dtype=dtype, engine=settings)
