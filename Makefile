@@ -1,21 +1,23 @@
 # Two commands set everything up on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
+MODEL ?= llava_next
 BIN := .venv/bin
 
 .PHONY: demo test check format shapes
 demo: .venv/installed
-	$(BIN)/python launch.py
+	$(BIN)/python launch.py model=$(MODEL)
 
 test: .venv/installed
 	$(BIN)/python -m pytest
 
-# The shipped model's accuracy on 500 held-out questions, through the engine on 2 ranks.
+# The shipped model's accuracy on held-out questions, through the engine on 2 ranks.
+SHAPES := build/shapes/$(MODEL)
 shapes: .venv/installed
-	$(BIN)/python examples/shapes/evaluate.py --write build/shapes
-	rm -f build/shapes/answers.jsonl
-	$(BIN)/python launch.py task=generate world_size=2 max_new_tokens=40 \
-		input=build/shapes/requests.jsonl output=build/shapes/answers.jsonl
-	$(BIN)/python examples/shapes/evaluate.py --score build/shapes/answers.jsonl
+	$(BIN)/python examples/shapes/evaluate.py --family $(MODEL) --write $(SHAPES)
+	rm -f $(SHAPES)/answers.jsonl
+	$(BIN)/python launch.py task=generate model=$(MODEL) world_size=2 max_new_tokens=40 \
+		input=$(SHAPES)/requests.jsonl output=$(SHAPES)/answers.jsonl
+	$(BIN)/python examples/shapes/evaluate.py --family $(MODEL) --score $(SHAPES)/answers.jsonl
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

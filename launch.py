@@ -21,9 +21,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mmdist.config import EXIT_INTERRUPTED, EXIT_USER_ERROR, FREE_TEXT_KEYS, TASKS, Config, UserError
+from mmdist.config import EXIT_INTERRUPTED, EXIT_USER_ERROR, FREE_TEXT_KEYS, REPOSITORY, TASKS, Config, UserError
 from mmdist.launch import become_rank, is_rank, run_rank, start
 from mmdist.usage import all_keys, usage
+from weights_tools.convert import convert_demo
 
 CONF = str(Path(__file__).parent / "conf")
 
@@ -71,7 +72,9 @@ def run_as_parent(overrides: list[str]) -> int:
             composed.output_dir = HydraConfig.get().runtime.output_dir
             command.append(f"output_dir={composed.output_dir}")
         try:
-            codes.append(start(to_config(composed), command))
+            config = to_config(composed)
+            make_demo(config)
+            codes.append(start(config, command))
         except (UserError, OmegaConfBaseException) as error:
             codes.append(user_error(error))
 
@@ -79,6 +82,13 @@ def run_as_parent(overrides: list[str]) -> int:
     sys.argv[1:] = overrides
     job()
     return max(codes, default=0)
+
+
+def make_demo(config: Config) -> None:
+    """The shipped checkpoint of a family with an original layout is converted when it is first asked for."""
+    model = config.model
+    if config.checkpoint is None and model.demo_source is not None and model.demo_checkpoint is not None:
+        convert_demo(model.name, REPOSITORY / model.demo_source, REPOSITORY / model.demo_checkpoint)
 
 
 def to_config(composed: DictConfig) -> Config:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +23,10 @@ from mmdist.plan import Plan, shard_plan
 from mmdist.tp import TP
 from mmdist.weights import DTYPES, INDEX, SINGLE
 from weights_tools.display import byte_bar, size_words
-from weights_tools.folder import CONVERSION, check_space, check_target, clear, lock, publish, sync_all
+from weights_tools.folder import CONVERSION, absolute, check_space, check_target, clear, lock, publish, sync_all
 from weights_tools.layouts import find_layout, list_layouts
 from weights_tools.layouts.source import Converted, Deferred, Source, Stored, few
 from weights_tools.part_file import Layout, PartFile, build_header
-from weights_tools.source import absolute
 
 FILE_BYTES = 4 << 30  # a larger model is written as several files, each at most this (or one tensor) long
 WORDS = {dtype: word for word, dtype in DTYPES.items()}
@@ -58,13 +58,24 @@ def run(args: argparse.Namespace) -> int:
     if not src.is_dir():
         raise UserError(f"{src}: no such folder; give the folder of {args.model}'s original files as --src")
     check_target(dst, args.force, "convert")
-    source = Source(src, settings)
-    job = ConvertJob(args.model, source, layout.read(source))
-    job.write(dst, force=args.force)
+    job = convert_folder(args.model, Source(src, settings), dst, force=args.force)
     if job.ignored:
         print(f"{len(job.ignored)} entries known to be unused: {few(job.ignored)} (all are in {dst / CONVERSION})")
     print(f"{dst}: {args.model}, {len(job.plan)} tensors in {len(job.files)} files, {size_words(job.num_bytes)}")
     return 0
+
+
+def convert_folder(model: str, source: Source, dst: Path, *, force: bool = False) -> ConvertJob:
+    job = ConvertJob(model, source, find_layout(model).read(source))
+    job.write(dst, force=force)
+    return job
+
+
+def convert_demo(model: str, src: Path, dst: Path) -> None:
+    """The plain folder of a family's shipped files, made where it is not there yet."""
+    if not dst.exists():
+        print(f"{dst}: made from the original files in {src}", file=sys.stderr)
+        convert_folder(model, Source(src, {}), dst)
 
 
 def check_settings(model: str, given: list[tuple[str, str]], legal: dict[str, str]) -> dict[str, str]:

@@ -19,6 +19,11 @@ CONVERSION = "conversion.json"
 MARKS = {"split": MANIFEST, "convert": CONVERSION}
 
 
+def absolute(path: str) -> Path:
+    """Absolute and without `..`, symbolic links kept: the folder's own name gives the default of --dst."""
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
 def check_target(dst: Path, force: bool, verb: str) -> None:
     if not dst.exists():
         return

@@ -16,8 +16,10 @@ from mmdist.plan import Plan
 from mmdist.tp import TP
 from mmdist.weights import Checkpoint
 from weights_tools.display import size_words
-from weights_tools.source import absolute, count_bytes, find_family, load_plan, open_source
+from weights_tools.folder import absolute
+from weights_tools.source import find_family, load_plan, open_source
 from weights_tools.split import whole_number
+from weights_tools.values import count_bytes
 
 KINDS = {
     "cut": "each rank has its own part",

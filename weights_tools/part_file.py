@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from weights_tools.source import count_bytes
+from weights_tools.values import count_bytes
 
 # (name in the file, safetensors' word for its dtype, shape)
 Layout = list[tuple[str, str, tuple[int, ...]]]

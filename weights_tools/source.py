@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,8 @@ from mmdist.models.family import build_model, find_model, list_models, load_mode
 from mmdist.plan import Plan, shard_plan
 from mmdist.tp import TP
 from mmdist.weights import Checkpoint
+from weights_tools.convert import convert_demo
+from weights_tools.folder import absolute
 
 
 def find_source(model: str, src: str | None) -> tuple[str, Path]:
@@ -37,17 +37,15 @@ def find_source(model: str, src: str | None) -> tuple[str, Path]:
     return (model if model in list_models() else find_family(folder)), folder
 
 
-def absolute(path: str) -> Path:
-    """Absolute and without `..`, symbolic links kept: the folder's own name gives the default of --dst."""
-    return Path(os.path.abspath(os.path.expanduser(path)))
-
-
 def demo_checkpoint(model: str) -> Path:
     path = REPOSITORY / "conf" / "model" / f"{model}.yaml"
-    demo = OmegaConf.to_container(OmegaConf.load(path)).get("demo_checkpoint") if path.exists() else None  # type: ignore[union-attr]
-    if demo is None:
+    settings: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
+    if "demo_checkpoint" not in settings:
         raise UserError(f"{model}: no demo_checkpoint in {path}; give the checkpoint as --src FOLDER")
-    return REPOSITORY / demo
+    folder = REPOSITORY / settings["demo_checkpoint"]
+    if "demo_source" in settings:
+        convert_demo(model, REPOSITORY / settings["demo_source"], folder)
+    return folder
 
 
 def find_family(folder: Path) -> str:
@@ -77,12 +75,3 @@ def load_plan(family: str, folder: Path, world_size: int) -> tuple[Any, Plan]:
 def open_source(family: str, folder: Path) -> Checkpoint:
     kind = find_model(family)
     return Checkpoint(folder, kind.renames, kind.ignored)
-
-
-def count_bytes(dtype: str, shape: tuple[int, ...] | list[int]) -> int:
-    """Bytes of a tensor from safetensors' word for its dtype (F16, BF16, F8_E4M3, BOOL, ...) and its shape."""
-    bits = re.search(r"\d+", dtype)
-    itemsize = int(bits.group()) // 8 if bits else 1
-    for size in shape:
-        itemsize *= size
-    return itemsize

@@ -18,10 +18,11 @@ from mmdist.plan import Placement, Plan, cut
 from mmdist.tp import TP
 from mmdist.weights import Checkpoint, sha256
 from weights_tools.display import byte_bar, size_words
-from weights_tools.folder import check_space, check_target, copy_other_files, publish, sync_all
+from weights_tools.folder import absolute, check_space, check_target, copy_other_files, publish, sync_all
 from weights_tools.journal import Journal
 from weights_tools.part_file import Layout, PartFile, build_header
-from weights_tools.source import absolute, count_bytes, find_source, load_plan, open_source
+from weights_tools.source import find_source, load_plan, open_source
+from weights_tools.values import count_bytes
 
 # Parts go to the disk, and their tensors into the journal, whenever this many bytes of the source were read.
 COMMIT_BYTES = 256 << 20

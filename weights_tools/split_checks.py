@@ -15,8 +15,8 @@ from mmdist.tp import TP
 from mmdist.weights import DTYPES, Checkpoint, open_safetensors, rename, sha256
 from weights_tools.display import byte_bar
 from weights_tools.folder import other_files
-from weights_tools.source import count_bytes, load_plan, open_source
-from weights_tools.values import bad_values
+from weights_tools.source import load_plan, open_source
+from weights_tools.values import bad_values, count_bytes
 
 
 def check_split(folder: Path, against: Path | None) -> Iterator[str]:

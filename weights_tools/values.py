@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -22,3 +23,12 @@ def bad_values(tensor: torch.Tensor) -> Iterator[str]:
             num_inf += int(chunk.isinf().sum())
     if num_nan or num_inf:
         yield f"has {num_nan} NaN and {num_inf} infinite values (of {tensor.numel()})"
+
+
+def count_bytes(dtype: str, shape: tuple[int, ...] | list[int]) -> int:
+    """Bytes of a tensor from safetensors' word for its dtype (F16, BF16, F8_E4M3, BOOL, ...) and its shape."""
+    bits = re.search(r"\d+", dtype)
+    itemsize = int(bits.group()) // 8 if bits else 1
+    for size in shape:
+        itemsize *= size
+    return itemsize

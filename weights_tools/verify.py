@@ -16,7 +16,8 @@ from mmdist.config import UserError
 from mmdist.manifest import MANIFEST
 from mmdist.weights import INDEX, find_files, open_safetensors
 from weights_tools.display import byte_bar
-from weights_tools.source import absolute, find_family, load_plan, open_source
+from weights_tools.folder import absolute
+from weights_tools.source import find_family, load_plan, open_source
 from weights_tools.split_checks import check_split
 from weights_tools.values import bad_values
 
