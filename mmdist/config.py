@@ -12,7 +12,18 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
-FREE_TEXT_KEYS = ("prompt", "image", "video", "input", "output", "checkpoint", "output_dir", "model.chat_template")
+FREE_TEXT_KEYS = (
+    "prompt",
+    "image",
+    "video",
+    "input",
+    "images",
+    "texts",
+    "output",
+    "checkpoint",
+    "output_dir",
+    "model.chat_template",
+)
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -43,6 +54,9 @@ class ModelConfig:
     chat_template: str | None = key(None, "a jinja file that replaces the checkpoint's own chat template")
     demo_checkpoint: str | None = key(
         None, "the checkpoint shipped with this repository, used when checkpoint= is not given"
+    )
+    demo_source: str | None = key(
+        None, "original files shipped with this repository, converted to demo_checkpoint when that is not there"
     )
     demo_image: str | None = key(None, "the picture shown when neither checkpoint, image nor prompt is given")
     demo_video: str | None = key(None, "the video shown instead of a picture")
@@ -130,7 +144,9 @@ class SamplingParams:
     max_new_tokens: int = key(256, "most tokens of an answer")
     temperature: float = key(0.0, "0 is greedy; above, the logits are divided by it before sampling")
     top_p: float = key(1.0, "sample among the likeliest tokens that hold this share of the probability")
-    top_k: int = key(0, "sample among this many likeliest tokens; 0 or -1: all")
+    top_k: int = key(
+        0, "sample among this many likeliest tokens; 0 or -1: all (model=vlmo: how many answers to name; 0 or -1: 5)"
+    )
     repetition_penalty: float = key(1.0, "above 1: tokens of prompt and answer become less likely")
     seed: int | None = key(None, "seed of this request's own random numbers; default: drawn anew")
     stop: list[str] = key([], "the answer ends before the first of these texts")
@@ -202,15 +218,27 @@ class GenerateConfig(VideoConfig, SamplingParams, Config):
         None, "a file of requests (one JSON object a line), or a folder of pictures (then with prompt=)"
     )
     output: str | None = key(
-        None, "the file of answers, one JSON object a line; default: answers.jsonl in the job's folder"
+        None,
+        "the file of answers, one JSON object a line; default: answers.jsonl in the job's folder "
+        "(with images= and texts=: an .npz of scores; scores.npz)",
     )
     prompt: str | None = key(None, "the question asked about every picture of a folder")
+    images: str | None = key(
+        None, "pictures to compare with texts=, instead of input=: a folder, or a file of paths (model=vlmo)"
+    )
+    texts: str | None = key(None, "texts to compare with images=: a file, one text a line")
 
     def __post_init__(self) -> None:
         Config.__post_init__(self)
         SamplingParams.__post_init__(self)
         self.check_video()
-        require(self.input is not None, "input", None, "a requests.jsonl or a folder of pictures: input=FILE")
+        if self.images is None and self.texts is None:
+            require(self.input is not None, "input", None, "a requests.jsonl or a folder of pictures: input=FILE")
+            return
+        require(self.images is not None, "images", None, "a folder of pictures, or a file of their paths, with texts=")
+        require(self.texts is not None, "texts", None, "a file of texts, one a line, with images=")
+        require(self.input is None, "input", self.input, "nothing beside images= and texts=")
+        require(self.prompt is None, "prompt", self.prompt, "nothing beside images= and texts=")
 
 
 @dataclass

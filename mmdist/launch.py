@@ -23,8 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from mmdist.agent import run_agent
 from mmdist.backend import count_devices, find_device, init_backend, threads_per_rank
 from mmdist.config import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, Config, UserError
-from mmdist.engine.engine import Engine
-from mmdist.engine.load import asked_world_size, find_checkpoint, load_engine
+from mmdist.engine.load import AnyEngine, asked_world_size, find_checkpoint, load_engine
 from mmdist.log import init_log
 from mmdist.models.family import check_world_size, find_model, legal_world_sizes, load_model_config
 from mmdist.tasks.job import make_output_dir
@@ -90,7 +89,7 @@ def run_rank(config: Config) -> int:
     return code
 
 
-def lead(task: ModuleType, config: Config, engine: Engine) -> int:
+def lead(task: ModuleType, config: Config, engine: AnyEngine) -> int:
     """Rank 0's part: the task; a user's mistake sends the other ranks home before it is reported."""
     try:
         code = task.run(config, engine)

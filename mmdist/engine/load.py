@@ -14,15 +14,17 @@ import torch
 from mmdist.backend import GIB, Backend, count_devices, memory_per_rank
 from mmdist.config import REPOSITORY, Config, EngineConfig, UserError
 from mmdist.engine.cache import cache_shape
+from mmdist.engine.encoder import EncoderEngine
 from mmdist.engine.engine import Engine
-from mmdist.engine.memory import rank_memory
+from mmdist.engine.memory import RankMemory, rank_memory
 from mmdist.manifest import MANIFEST, load_manifest
-from mmdist.models.base import Model, MultimodalModel
+from mmdist.models.base import EncoderModel, Model, MultimodalModel
 from mmdist.models.family import build_model, find_model, load_model_config
 from mmdist.plan import Plan, shard_plan
 from mmdist.tp import TP
 from mmdist.weights import Checkpoint, load_weights, open_checkpoint
 
+AnyEngine = Engine | EncoderEngine
 log = logging.getLogger("mmdist.load")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -33,7 +35,13 @@ def find_checkpoint(config: Config) -> Path:
         return Path(config.checkpoint)
     if config.model.demo_checkpoint is None:
         raise UserError(f"model={config.model.name} ships no checkpoint; give one with checkpoint=DIR")
-    return REPOSITORY / config.model.demo_checkpoint
+    folder = REPOSITORY / config.model.demo_checkpoint
+    if not folder.exists() and config.model.demo_source is not None:
+        raise UserError(
+            f"{folder}: not there yet; make it with: weights_tools convert {config.model.name} "
+            f"--src {REPOSITORY / config.model.demo_source} --dst {folder}"
+        )
+    return folder
 
 
 def asked_world_size(config: Config, legal: list[int], device: str) -> int:
@@ -69,39 +77,48 @@ def open_model(config: Config, tp: TP, device: str) -> tuple[Model, Plan, Checkp
     return model.to(find_dtype(config, checkpoint, plan, device)), plan, checkpoint, model_config
 
 
-def load_engine(config: Config, tp: TP, backend: Backend) -> Engine:
+def load_engine(config: Config, tp: TP, backend: Backend) -> AnyEngine:
     model, plan, checkpoint, model_config = open_model(config, tp, backend.device.type)
-    assert isinstance(model, MultimodalModel), "no engine for this kind of model"
-    settings = fit_cache(config, model, plan, tp, backend)
+    settings = fit_memory(config, model, plan, tp, backend)
     start = time.perf_counter()
     bytes_read = load_weights(model, checkpoint, plan, tp, backend.device)
     log.info("%.1f MB of weights in %.1f s, %s", bytes_read / 1e6, time.perf_counter() - start, model.dtype)
     on_rank_zero = tp.rank == 0
     processor = type(model).load_processor(checkpoint.folder, model_config, config.model) if on_rank_zero else None
+    if isinstance(model, EncoderModel):
+        return EncoderEngine(model, tp, settings, backend, processor=processor)
+    assert isinstance(model, MultimodalModel), f"no engine runs {type(model).__name__}"
     eos = find_eos(checkpoint.folder, model_config)
     return Engine(model, tp, settings, backend, processor=processor, eos_token_ids=eos)
 
 
-def fit_cache(config: Config, model: MultimodalModel, plan: Plan, tp: TP, backend: Backend) -> EngineConfig:
+def fit_memory(config: Config, model: Model, plan: Plan, tp: TP, backend: Backend) -> EngineConfig:
     """The engine's settings with as many cache blocks as memory holds; refused where one request would not fit.
 
     Every rank reckons for rank 0, which needs the most, so that all agree.
     """
-    shape = cache_shape(model, config.engine)
     need = rank_memory(model, plan, TP(0, tp.size), config.engine)
     have = memory_per_rank(config.hardware, backend.device.type, tp.size)
     if need.total <= have:
         return config.engine
-    num_blocks = (have - need.total + need.kv_bytes) * shape.num_blocks // need.kv_bytes
-    if config.engine.num_blocks is not None or num_blocks * shape.block_size < shape.max_model_len:
+    num_blocks = count_fitting_blocks(model, config.engine, need, have)
+    if num_blocks == 0:
         raise UserError(
             f"rank 0 needs {need.total / GIB:.2f} GiB, has {have / GIB:.2f} GiB: lower engine.max_num_seqs="
-            f"{config.engine.max_num_seqs} or engine.max_model_len={shape.max_model_len}, or use more ranks; "
-            "task=plan shows where it goes"
+            f"{config.engine.max_num_seqs} or engine.max_model_len, or use more ranks; task=plan shows where it goes"
         )
-    words = "%d of %d KV cache blocks fit %.2f GiB: requests may have to wait or be computed again"
-    log.warning(words, num_blocks, shape.num_blocks, have / GIB)
+    words = "only %d KV cache blocks fit %.2f GiB: requests may have to wait or be computed again"
+    log.warning(words, num_blocks, have / GIB)
     return replace(config.engine, num_blocks=num_blocks)
+
+
+def count_fitting_blocks(model: Model, config: EngineConfig, need: RankMemory, have: int) -> int:
+    """Blocks of a smaller KV cache that fits; 0 where there is none, or none that holds one request."""
+    if not isinstance(model, MultimodalModel) or config.num_blocks is not None:
+        return 0
+    shape = cache_shape(model, config)
+    num_blocks = (have - need.total + need.kv_bytes) * shape.num_blocks // need.kv_bytes
+    return num_blocks if num_blocks * shape.block_size >= shape.max_model_len else 0
 
 
 def find_eos(folder: Path, model_config: Any) -> set[int]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import singledispatch
 from math import prod
 
 from mmdist.config import EngineConfig
 from mmdist.engine.cache import CacheShape, cache_shape
-from mmdist.models.base import MultimodalModel
+from mmdist.models.base import EncoderModel, Model, MultimodalModel
 from mmdist.plan import Plan, bytes_per_rank
 from mmdist.tp import TP
 
@@ -32,23 +33,49 @@ class RankMemory:
         return max(running, self.peak_load_bytes)
 
 
-def rank_memory(model: MultimodalModel, plan: Plan, tp: TP, config: EngineConfig) -> RankMemory:
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that requests take while they run: of the KV cache, of pictures looked at, and of a step's tensors."""
+
+    kv_bytes: int
+    picture_kv_bytes: int
+    activation_bytes: int
+
+
+def rank_memory(model: Model, plan: Plan, tp: TP, config: EngineConfig) -> RankMemory:
     """model: built (on meta is enough) for `tp`, in the dtype it will run in."""
     llm, vision = bytes_per_rank(model, plan, tp, model.dtype)
     largest = max(prod(placement.shape) for placement in plan.values() if placement.held_by(tp))
-    shape = cache_shape(model, config)
-    activations = decoder_activations(model, shape, config)
-    if tp.rank == 0:
-        activations = max(activations, model.vision_activations() * model.dtype.itemsize)
+    step = step_memory(model, tp, config)
     return RankMemory(
         rank=tp.rank,
         llm_bytes=llm,
         vision_bytes=vision,
-        kv_bytes=shape.bytes(model.dtype),
-        picture_kv_bytes=config.max_pictures * model.memory_numbers() * model.dtype.itemsize,
-        activation_bytes=activations,
+        kv_bytes=step.kv_bytes,
+        picture_kv_bytes=step.picture_kv_bytes,
+        activation_bytes=step.activation_bytes,
         peak_load_bytes=llm + vision + largest * model.dtype.itemsize,
     )
+
+
+@singledispatch
+def step_memory(model: Model, tp: TP, config: EngineConfig) -> StepMemory:
+    raise NotImplementedError(f"no engine runs {type(model).__name__}")
+
+
+@step_memory.register
+def _(model: MultimodalModel, tp: TP, config: EngineConfig) -> StepMemory:
+    shape = cache_shape(model, config)
+    activations = decoder_activations(model, shape, config)
+    if tp.rank == 0:
+        activations = max(activations, model.vision_activations() * model.dtype.itemsize)
+    pictures = config.max_pictures * model.memory_numbers() * model.dtype.itemsize
+    return StepMemory(shape.bytes(model.dtype), pictures, activations)
+
+
+@step_memory.register
+def _(model: EncoderModel, tp: TP, config: EngineConfig) -> StepMemory:
+    return StepMemory(0, 0, model.activations(config.max_num_seqs))
 
 
 def decoder_activations(model: MultimodalModel, shape: CacheShape, config: EngineConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -35,6 +36,18 @@ class Output:
     logprobs: list[dict] | None
     finish_reason: str | None
     error: str | None = None
+
+    def line(self) -> dict[str, Any]:
+        """The answer as a file of answers has it."""
+        line = {
+            "id": self.id,
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "prompt_token_ids": self.prompt_token_ids,
+            "finish_reason": self.finish_reason,
+        }
+        optional = {"error": self.error, "logprobs": self.logprobs}
+        return line | {name: value for name, value in optional.items() if value is not None}
 
 
 def failed(request_id: str, prompt_token_ids: list[int], error: str) -> Output:

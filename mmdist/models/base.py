@@ -203,7 +203,8 @@ class EncoderModel(Model):
 
     @property
     @abstractmethod
-    def hidden_size(self) -> int: ...
+    def compares(self) -> bool:
+        """True when the head gives features to compare pictures and texts by, False when it gives scores of answers."""
 
     @abstractmethod
     def activations(self, num_seqs: int) -> int:
@@ -224,3 +225,7 @@ class EncoderModel(Model):
     @abstractmethod
     def head(self, hidden: torch.Tensor, kind: str) -> torch.Tensor:
         """(batch, tokens, hidden) -> (batch, scores or features) in float32; rank 0 only."""
+
+    @abstractmethod
+    def compare(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        """Features of both -> (images, texts) logits; rank 0 only."""

@@ -190,6 +190,10 @@ class Vlmo(EncoderModel):
     def hidden_size(self) -> int:
         return self.config.hidden_size
 
+    @property
+    def compares(self) -> bool:
+        return self.config.head == "retrieval"
+
     def numbers_reduced(self) -> int:
         return 2 * len(self.blocks) * self.hidden_size
 
@@ -206,14 +210,12 @@ class Vlmo(EncoderModel):
         return max(pixels, residual + max(attention, experts))
 
     def kind(self, prompt: Prompt) -> str:
-        """What is in a prompt, refused where the checkpoint's head has no use for it."""
+        """What is in a prompt: text, image, or vl for both."""
         has_image, has_text = bool(prompt.vision), bool(prompt.token_ids)
-        if self.config.head == "vqa" and not (has_image and has_text):
-            raise UserError("VLMo for VQA answers a question about a picture; give both, or a retrieval checkpoint")
-        if self.config.head == "retrieval" and has_image and has_text:
-            raise UserError(
-                "VLMo for retrieval answers no questions; give images= and texts= to compare, or a VQA checkpoint"
-            )
+        if self.compares and has_image and has_text:
+            raise UserError("VLMo for retrieval takes a picture or a text, not a question about a picture")
+        if not self.compares and not (has_image and has_text):
+            raise UserError("VLMo answers a question about a picture; give both")
         return BOTH if has_image and has_text else IMAGE if has_image else TEXT
 
     def embed(self, prompts: Sequence[Prompt], kind: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -242,6 +244,9 @@ class Vlmo(EncoderModel):
 
     def head(self, hidden: torch.Tensor, kind: str) -> torch.Tensor:
         return self.output(hidden, kind)
+
+    def compare(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        return self.output.logit_scale.float().exp() * images @ texts.T
 
 
 MODEL = Vlmo

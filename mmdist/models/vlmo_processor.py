@@ -35,9 +35,9 @@ class VlmoProcessor(Processor):
         """Of messages, the last is the question and its picture the last one shown: VLMo has no memory of a chat."""
         if messages is not None:
             text = last_question(messages)
-        prompt = self.text(text) if text is not None else Prompt([])
-        if len(images) > 1 and messages is None:
+        elif len(images) > 1:
             raise UserError(f"VLMo looks at one picture, {len(images)} are given")
+        prompt = self.text(text) if text is not None else Prompt([])
         if images:
             prompt.vision = {"pixel_values": self.pixel_values(images[-1])}
         return prompt

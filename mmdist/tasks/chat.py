@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdist.config import EXIT_INTERRUPTED, REPOSITORY, SAMPLING_KEYS, ChatConfig, SamplingParams, UserError
-from mmdist.engine.engine import Engine
+from mmdist.engine.load import AnyEngine
 from mmdist.engine.request import Request
 from mmdist.tasks.media import load_image, load_video
 from mmdist.tasks.requests import check_takes_video, user_message
@@ -40,7 +40,7 @@ def is_demo(config: ChatConfig) -> bool:
     return all(given is None for given in (config.checkpoint, config.image, config.video, config.prompt))
 
 
-def run(config: ChatConfig, engine: Engine) -> int:
+def run(config: ChatConfig, engine: AnyEngine) -> int:
     params = SamplingParams(**{name: getattr(config, name) for name in SAMPLING_KEYS})
     conversation = Conversation(engine, params, config.video_frames)
     image, video, prompt = config.image, config.video, config.prompt
@@ -60,7 +60,7 @@ def run(config: ChatConfig, engine: Engine) -> int:
 class Conversation:
     """The history of one chat, its pictures and videos; each answer is computed from all of it."""
 
-    def __init__(self, engine: Engine, params: SamplingParams, video_frames: int):
+    def __init__(self, engine: AnyEngine, params: SamplingParams, video_frames: int):
         self.engine, self.params, self.video_frames = engine, params, video_frames
         self.reset()
 
@@ -146,7 +146,7 @@ def obey(line: str, conversation: Conversation) -> bool:
     return True
 
 
-def read_line(engine: Engine) -> str | None:
+def read_line(engine: AnyEngine) -> str | None:
     """A line from the terminal, None at its end; meanwhile the other ranks are kept from timing out."""
     lines: queue.Queue[str | None] = queue.Queue()
     threading.Thread(target=lambda: lines.put(read_or_none()), daemon=True).start()

@@ -1,4 +1,7 @@
-"""task=generate: answers for a file of requests or a folder of pictures; can be stopped and started again."""
+"""task=generate: answers for a file of requests or a folder of pictures; can be stopped and started again.
+
+With images= and texts= it compares instead: see mmdist.tasks.retrieval.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from mmdist.config import GenerateConfig, UserError
-from mmdist.engine.engine import Engine
-from mmdist.engine.request import Output, Request, failed
+from mmdist.engine.load import AnyEngine
+from mmdist.engine.request import Request, failed
+from mmdist.tasks import retrieval
 from mmdist.tasks.requests import build_request, read_folder, read_requests
 
 ON_RANKS = True
@@ -21,6 +25,9 @@ log = logging.getLogger("mmdist.generate")
 
 
 def check(config: GenerateConfig) -> None:
+    if config.images is not None:
+        retrieval.check(config)
+        return
     path = Path(str(config.input))
     if not path.exists():
         raise UserError(f"input={path}: no such file or folder")
@@ -32,7 +39,9 @@ def check(config: GenerateConfig) -> None:
         )
 
 
-def run(config: GenerateConfig, engine: Engine) -> int:
+def run(config: GenerateConfig, engine: AnyEngine) -> int:
+    if config.images is not None:
+        return retrieval.run(config, engine)
     source = Path(str(config.input))
     entries = list(read_folder(source, str(config.prompt)) if source.is_dir() else read_requests(source))
     path = Path(config.output) if config.output else Path(str(config.output_dir)) / "answers.jsonl"
@@ -76,14 +85,14 @@ def keep_answers(path: Path) -> set[str]:
 class Batch:
     """Runs entries through the engine and writes each answer as soon as it is there."""
 
-    def __init__(self, engine: Engine, config: GenerateConfig, folder: Path, file: IO[str], bar: tqdm):
+    def __init__(self, engine: AnyEngine, config: GenerateConfig, folder: Path, file: IO[str], bar: tqdm):
         self.engine, self.config, self.folder, self.file, self.bar = engine, config, folder, file, bar
         self.num_failed = 0
 
     def run(self, entries: list[dict[str, Any]]) -> None:
         for output in self.engine.generate(self.requests(entries)):
             if output.finish_reason is not None:
-                self.write(answer(output))
+                self.write(output.line())
 
     def requests(self, entries: list[dict[str, Any]]) -> Iterator[Request]:
         """Built as the engine asks for them, so that no more than a batch of pictures is in memory."""
@@ -96,25 +105,10 @@ class Batch:
                 seen.add(name)
                 yield build_request(entry, self.engine.prompts, self.config, self.folder, self.config.video_frames)
             except UserError as error:
-                self.write(answer(failed(name, [], str(error))))
+                self.write(failed(name, [], str(error)).line())
 
     def write(self, line: dict[str, Any]) -> None:
         self.num_failed += "error" in line
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         self.bar.update()
-
-
-def answer(output: Output) -> dict[str, Any]:
-    line: dict[str, Any] = {
-        "id": output.id,
-        "text": output.text,
-        "token_ids": output.token_ids,
-        "prompt_token_ids": output.prompt_token_ids,
-        "finish_reason": output.finish_reason,
-    }
-    if output.error is not None:
-        line["error"] = output.error
-    if output.logprobs is not None:
-        line["logprobs"] = output.logprobs
-    return line

@@ -11,7 +11,6 @@ from mmdist.backend import GIB, find_device, memory_per_rank
 from mmdist.config import PlanConfig, UserError
 from mmdist.engine.load import asked_world_size, find_checkpoint, open_model
 from mmdist.engine.memory import RankMemory, rank_memory
-from mmdist.models.base import MultimodalModel
 from mmdist.models.family import check_world_size, find_model, legal_world_sizes, load_model_config
 from mmdist.tp import TP
 
@@ -51,7 +50,6 @@ def make_plan(config: PlanConfig, size: int, device: str) -> dict[str, Any]:
     ranks: list[RankMemory] = []
     for rank in range(min(size, 2)):  # all ranks but the first are alike
         model, plan, checkpoint, _ = open_model(config, TP(rank, size), device)
-        assert isinstance(model, MultimodalModel), "no plan for this kind of model"
         ranks.append(rank_memory(model, plan, TP(rank, size), config.engine))
     memory = memory_per_rank(config.hardware, device, size)
     reduced = model.numbers_reduced() * model.dtype.itemsize if size > 1 else 0

@@ -14,7 +14,7 @@ from mmdist.engine.request import Request
 from mmdist.models.base import Processor
 from mmdist.tasks.media import PICTURE_SUFFIXES, find_file, load_image, load_video
 
-REQUEST_KEYS = {"id", "messages", "prompt", "images", "video", *SAMPLING_KEYS}
+REQUEST_KEYS = {"id", "messages", "prompt", "question", "image", "images", "video", *SAMPLING_KEYS}
 ROLES = ("system", "user", "assistant")
 
 
@@ -59,8 +59,9 @@ def build_request(
     unknown = sorted(entry.keys() - REQUEST_KEYS)
     if unknown:
         raise UserError(f"unknown key {unknown[0]}; a request has {', '.join(sorted(REQUEST_KEYS))}")
+    entry = expand_question(entry)
     if ("messages" in entry) == ("prompt" in entry):
-        raise UserError('a request has either "messages" or "prompt"')
+        raise UserError('a request has either "messages" or "prompt" (or a "question" with an "image")')
     params = merge_params(entry, defaults)
     messages = [check_message(message) for message in as_list(entry, "messages")] if "messages" in entry else None
     text = entry.get("prompt")
@@ -71,6 +72,18 @@ def build_request(
     if "video" in entry:
         media["videos"] = [load_video(video_path(entry["video"], processor, folder), video_frames)]
     return Request(str(entry["id"]), processor.prompt(messages=messages, text=text, **media), params)
+
+
+def expand_question(entry: dict[str, Any]) -> dict[str, Any]:
+    """{"question", "image"}, the short way to write one message about one picture, as {"messages", "images"}."""
+    if not entry.keys() & {"question", "image"}:
+        return entry
+    if entry.keys() & {"messages", "prompt", "images", "video"}:
+        raise UserError('"question" and "image" stand alone, without "messages", "prompt", "images" or "video"')
+    if not all(isinstance(entry.get(name), str) for name in ("question", "image")):
+        raise UserError('a "question" has an "image" and an "image" a "question", both text')
+    rest = {name: value for name, value in entry.items() if name not in ("question", "image")}
+    return rest | {"messages": [user_message(entry["question"], 1)], "images": [entry["image"]]}
 
 
 def video_path(value: Any, processor: Processor, folder: Path) -> Path:

@@ -1,0 +1,151 @@
+"""The engine of models that answer in one forward pass: batches of requests in, answers or features out.
+
+It has Engine's door, so that a task need not know which it talks to. Nothing is left running between two batches.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+
+from mmdist.backend import Backend
+from mmdist.config import EngineConfig, UserError
+from mmdist.engine.request import Output, Request, failed
+from mmdist.models.base import EncoderModel, Processor, Prompt
+from mmdist.tp import TP
+
+DEFAULT_TOP = 5  # answers named when top_k does not say how many
+log = logging.getLogger("mmdist.encoder")
+
+
+@dataclass
+class EncoderBatch:
+    """What rank 0 tells of a batch: how its layers take it, the shape of the embedded input, (batch, tokens) its mask.
+
+    An empty one (no kind) says that rank 0 is still there.
+    """
+
+    kind: str = ""
+    shape: tuple[int, ...] = ()
+    mask: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+
+
+@dataclass
+class Answer(Output):
+    """One of a closed set of answers. label: its class; top: the best ones, with their logits."""
+
+    label: int = -1
+    top: list[dict[str, Any]] = field(default_factory=list)
+    truncated: bool = False
+
+    def line(self) -> dict[str, Any]:
+        line = {"id": self.id, "answer": self.text, "label": self.label, "top": self.top}
+        return line | ({"truncated": True} if self.truncated else {})
+
+
+class EncoderEngine:
+    """processor is rank 0's; other ranks pass None and call follow()."""
+
+    def __init__(
+        self, model: EncoderModel, tp: TP, config: EngineConfig, backend: Backend, *, processor: Processor | None
+    ):
+        self.model, self.tp, self.processor, self.device = model, tp, processor, backend.device
+        self.max_num_seqs = config.max_num_seqs
+
+    @property
+    def prompts(self) -> Processor:
+        assert self.processor is not None, "text enters and leaves through rank 0"
+        return self.processor
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Output]:
+        """The best of the model's answers to each request; each output is whole and the request's only one."""
+        if self.model.compares:
+            raise UserError("this checkpoint is for retrieval and answers no questions; give images= and texts=")
+        source = iter(requests)
+        while batch := list(islice(source, self.max_num_seqs)):
+            yield from self._answer(batch)
+
+    def _answer(self, requests: list[Request]) -> Iterator[Output]:
+        by_kind: dict[str, list[Request]] = {}
+        for request in requests:
+            try:
+                by_kind.setdefault(self.model.kind(request.prompt), []).append(request)
+            except UserError as error:
+                yield failed(request.id, request.prompt.token_ids, str(error))
+        for kind, group in by_kind.items():
+            scores = self.encode([request.prompt for request in group], kind)
+            for request, row in zip(group, scores, strict=True):
+                yield self._choose(request, row)
+
+    def _choose(self, request: Request, scores: torch.Tensor) -> Answer:
+        """scores: (answers,)"""
+        count = request.params.top_k if request.params.top_k > 0 else DEFAULT_TOP
+        logits, labels = (best.tolist() for best in scores.topk(min(count, len(scores))))
+        answers = [self.prompts.decode([label]) for label in labels]
+        if request.prompt.truncated:
+            log.warning("request %s: the question is too long for the model; its end is left out", request.id)
+        return Answer(
+            id=request.id,
+            delta=answers[0],
+            text=answers[0],
+            prompt_token_ids=request.prompt.token_ids,
+            token_ids=labels[:1],
+            logprobs=None,
+            finish_reason="stop",
+            label=labels[0],
+            top=[
+                {"label": label, "answer": answer, "logit": logit}
+                for label, answer, logit in zip(labels, answers, logits, strict=True)
+            ],
+            truncated=request.prompt.truncated,
+        )
+
+    def features(self, prompts: Iterable[Prompt]) -> Iterator[torch.Tensor]:
+        """(batch, width) features of pictures, or of texts, batch by batch."""
+        self.check_compares()
+        source = iter(prompts)
+        while batch := list(islice(source, self.max_num_seqs)):
+            yield self.encode(batch, self.model.kind(batch[0]))
+
+    def check_compares(self) -> None:
+        if not self.model.compares:
+            raise UserError("this checkpoint answers questions; images= and texts= take one made for retrieval")
+
+    @torch.inference_mode()
+    def encode(self, prompts: list[Prompt], kind: str) -> torch.Tensor:
+        """-> (batch, scores or features) on the CPU; rank 0 only."""
+        hidden, mask = self.model.embed(prompts, kind)
+        self.tp.broadcast_object(EncoderBatch(kind, tuple(hidden.shape), mask))
+        return self.model.head(self._forward(hidden, mask, kind), kind).cpu()
+
+    def _forward(self, hidden: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
+        return self.model(self.tp.broadcast(hidden), mask.to(self.device), kind)
+
+    @torch.inference_mode()
+    def follow(self) -> int:
+        """The other ranks' life: compute what rank 0 sends, until it stops; returns the exit code 0."""
+        while (batch := self.tp.broadcast_object(None)) is not None:
+            if batch.kind:
+                hidden = torch.empty(batch.shape, dtype=self.model.dtype, device=self.device)
+                self._forward(hidden, batch.mask, batch.kind)
+        return 0
+
+    @torch.inference_mode()
+    def compare(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        """Features of both -> (images, texts) logits."""
+        return self.model.compare(images.to(self.device), texts.to(self.device)).cpu()
+
+    def abort(self, request_id: str) -> None:
+        """Answers come whole: when one is there, nothing of it is left to stop."""
+
+    def keep_alive(self) -> None:
+        """Let the other ranks know, while there is nothing to do, that rank 0 is still there."""
+        self.tp.broadcast_object(EncoderBatch())
+
+    def stop(self) -> None:
+        self.tp.broadcast_object(None)

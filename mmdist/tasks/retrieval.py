@@ -1,0 +1,110 @@
+"""Pictures compared with texts: how well each goes with each, and the features behind it, as one .npz."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from mmdist.config import GenerateConfig, UserError
+from mmdist.engine.encoder import EncoderEngine
+from mmdist.engine.load import AnyEngine
+from mmdist.models.base import EncoderModel, Prompt
+from mmdist.models.family import find_model
+from mmdist.tasks.media import PICTURE_SUFFIXES, find_file, load_image
+
+log = logging.getLogger("mmdist.retrieval")
+
+
+def check(config: GenerateConfig) -> None:
+    if not issubclass(find_model(config.model.name), EncoderModel):
+        raise UserError(
+            f"model={config.model.name}: writes answers and compares nothing; images= and texts= take model=vlmo with "
+            "a retrieval checkpoint"
+        )
+    list_images(Path(str(config.images)))
+    read_lines(Path(str(config.texts)), "texts")
+
+
+def run(config: GenerateConfig, engine: AnyEngine) -> int:
+    assert isinstance(engine, EncoderEngine), "check() lets no other model through"
+    engine.check_compares()
+    paths, texts = list_images(Path(str(config.images))), read_lines(Path(str(config.texts)), "texts")
+    output = Path(config.output) if config.output else Path(str(config.output_dir)) / "scores.npz"
+    check_writable(output)
+    prompts = [engine.prompts.prompt(images=[], text=text) for text in texts]
+    num_truncated = sum(prompt.truncated for prompt in prompts)
+    if num_truncated:
+        log.warning("%d of %d texts are too long for the model; their ends are left out", num_truncated, len(texts))
+    with tqdm(total=len(paths) + len(texts), disable=not sys.stderr.isatty()) as bar:
+        text_features = gather(engine.features(prompts), bar)
+        image_features = gather(engine.features(picture_prompts(engine, paths.values())), bar)
+    save(
+        output,
+        logits_per_image=engine.compare(image_features, text_features).numpy(),
+        image_features=image_features.numpy(),
+        text_features=text_features.numpy(),
+        image_names=np.array(list(paths)),
+        texts=np.array(texts),
+        truncated=np.array([prompt.truncated for prompt in prompts]),
+    )
+    log.info("%d pictures compared with %d texts, scores in %s", len(paths), len(texts), output)
+    return 0
+
+
+def list_images(path: Path) -> dict[str, Path]:
+    """Name -> file: the pictures of a folder, sorted, or those that a file lists, one a line."""
+    if not path.is_dir():
+        return {line: find_file(line, path.parent) for line in read_lines(path, "images")}
+    paths = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    if not paths:
+        raise UserError(f"images={path}: no pictures in it ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    return {file.name: file for file in paths}
+
+
+def read_lines(path: Path, key: str) -> list[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            lines = [line.strip() for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{key}={path}: cannot be read ({error}); give a text file") from error
+    if not lines or not all(lines):
+        raise UserError(f"{key}={path}: line {len(lines) and lines.index('') + 1} is empty; write one on each line")
+    return lines
+
+
+def check_writable(output: Path) -> None:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial(output).touch()
+    except OSError as error:
+        raise UserError(f"output={output}: cannot write there ({error.strerror})") from error
+
+
+def partial(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def picture_prompts(engine: EncoderEngine, paths: Iterable[Path]) -> Iterator[Prompt]:
+    """Read as the engine asks for them, so that no more than a batch of pictures is in memory."""
+    for path in paths:
+        yield engine.prompts.prompt(images=[load_image(path)])
+
+
+def gather(batches: Iterator[torch.Tensor], bar: tqdm) -> torch.Tensor:
+    parts = []
+    for batch in batches:
+        parts.append(batch)
+        bar.update(len(batch))
+    return torch.cat(parts)
+
+
+def save(output: Path, **arrays: np.ndarray) -> None:
+    with partial(output).open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    partial(output).replace(output)
