@@ -88,6 +88,6 @@ BASIC = ("color", "shape", "count", "size", "side", "level", "exists", "caption"
 FAMILIES = {
     "llava_next": Family(tuple(KINDS), ("normal", "odd"), num=500, threshold=0.95),
     "llava": Family(tuple(KINDS), ("square",)),
-    "llava_next_video": Family(tuple(CLIP_KINDS), ("normal",), request=video_request),
+    "llava_next_video": Family(tuple(CLIP_KINDS), ("square",), request=video_request),
     "mllama": Family(BASIC, ("normal",)),
 }

@@ -87,15 +87,15 @@ def build_config() -> LlavaNextConfig:
     )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(specials: tuple[str, ...] = SPECIALS) -> PreTrainedTokenizerFast:
     """Word level: lower case, split at blanks and punctuation, so "How many circles?" gives known words."""
-    words = {word: i for i, word in enumerate((*SPECIALS, *WORDS))}
-    assert len(words) == len(SPECIALS) + len(WORDS) <= VOCAB_SIZE, "the words must be distinct and fit the vocabulary"
+    words = {word: i for i, word in enumerate((*specials, *WORDS))}
+    assert len(words) == len(specials) + len(WORDS) <= VOCAB_SIZE, "the words must be distinct and fit the vocabulary"
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     # Not normalized: the lower-casing would hide "USER:" from the tokenizer.
-    tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in SPECIALS])
+    tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in specials])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
     )
@@ -105,7 +105,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         unk_token="<unk>",
         pad_token="<pad>",
-        additional_special_tokens=["<image>", "USER:", "ASSISTANT:"],
+        additional_special_tokens=list(specials[4:]),
         padding_side="left",
         model_max_length=512,
         clean_up_tokenization_spaces=False,

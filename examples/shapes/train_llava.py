@@ -24,7 +24,7 @@ BASE = Path(__file__).parents[2] / "assets" / "llava_next-shapes"
 VISION = ("model.vision_tower.", "model.multi_modal_projector.", "heads.")
 RATES = dict.fromkeys(VISION, 5e-4) | {"model.": 1e-3, "lm_head.": 1e-3}
 WEIGHTS_LLAVA = WEIGHTS | {"either": 2.0, "left_of": 3.0, "above": 3.0}
-ROUND = Round("B", 1200, 1200, RATES, WEIGHTS_LLAVA)
+ROUND = Round("B", 400, 400, RATES, WEIGHTS_LLAVA)
 
 
 def build_trainee(learner: Learner) -> Trainee:
@@ -55,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--base", type=Path, default=BASE, help="the small LLaVA-NeXT to start from")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--pictures", type=int, default=12000)
+    parser.add_argument("--pictures", type=int, default=8000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--state", type=Path, help="file that keeps the training state; goes on from it if it exists")
     return parser.parse_args()
@@ -70,7 +70,7 @@ def main() -> None:
     held_out = make_squares(args.seed + 1, 150, FORM)
     print(f"{len(squares)} pictures in {time.time() - started:.0f} s", flush=True)
     trainee = build_trainee(Learner(build_model(args.base), PatchHeads(), args.seed, args.state))
-    run_patch_stage(trainee, squares, 300, dict.fromkeys(VISION, 1e-3))
+    run_patch_stage(trainee, squares, 100, dict.fromkeys(VISION, 1e-3))
     run_answer_stage(trainee, squares, held_out, ROUND)
     save_checkpoint(trainee.learner.model, args.out)
     print(f"saved {args.out} after {(time.time() - started) / 60:.1f} min", flush=True)
