@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     job = convert_folder(args.model, Source(src, settings), dst, force=args.force)
     if job.ignored:
         print(f"{len(job.ignored)} entries known to be unused: {few(job.ignored)} (all are in {dst / CONVERSION})")
-    print(f"{dst}: {args.model}, {len(job.plan)} tensors in {len(job.files)} files, {size_words(job.num_bytes)}")
+    print(f"{dst}: {args.model}, {len(job.plan)} tensors, {size_words(job.num_bytes)}")
     return 0
 
 
