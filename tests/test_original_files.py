@@ -82,9 +82,9 @@ DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "flipped": (lambda raw: raw.replace(b"transformer.blocks.0", b"transformer\xff\xfe\xfdocks.0", 1), "damaged"),
     "pointer": (
         lambda raw: b"version https://git-lfs.github.com/spec/v1\n",
-        "truncated, or no checkpoint of torch.save",
+        "damaged, or no checkpoint of torch.save",
     ),
-    "empty": (lambda raw: b"", "truncated, or no checkpoint of torch.save"),
+    "empty": (lambda raw: b"", "damaged, or no checkpoint of torch.save"),
 }
 
 
@@ -106,7 +106,7 @@ CONTENTS: dict[str, tuple[Edit, str]] = {
         lambda s: s | {"pooler.dense.bias": torch.ones(7)},
         "1 of another shape (output.pooler.bias is [7], expected [48])",
     ),
-    "number": (lambda s: s | {"epoch": 3}, "1 unexpected (epoch); 1 no tensors (epoch)"),
+    "number": (lambda s: s | {"epoch": 3}, "1 unexpected (epoch); 1 that are no tensors (epoch)"),
     "dtype": (
         lambda s: s | {CLASSIFIER: s[CLASSIFIER].to(torch.complex64)},
         "output.classifier.3.weight is torch.complex64; mmdist reads",

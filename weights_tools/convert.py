@@ -176,7 +176,7 @@ def check_tensors(plan: Plan, tensors: Mapping[str, Stored], model: str, src: Pa
     if unexpected := tensors.keys() - plan.keys():
         problems.append(f"{len(unexpected)} unexpected ({few(unexpected)})")
     if loose := {name for name, value in tensors.items() if not isinstance(value, torch.Tensor | Deferred)}:
-        problems.append(f"{len(loose)} no tensors ({few(loose)})")
+        problems.append(f"{len(loose)} that are no tensors ({few(loose)})")
     wrong = [
         f"{name} is {list(tensors[name].shape)}, expected {list(plan[name].shape)}"
         for name in (plan.keys() & tensors.keys()) - loose

@@ -24,15 +24,28 @@ def read_checkpoint(path: Path, *, allow_torchscript: bool = False) -> Any:
     if path.suffix == ".safetensors":
         with open_safetensors(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pickle protocols; torch.jit is deprecated, but OpenAI's CLIP comes so
+            return read_any(path, allow_torchscript)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # damaged bytes end in whatever their reader trips over
+        raise refusal(path, error) from error
+
+
+def read_any(path: Path, allow_torchscript: bool) -> Any:
     with open(path, "rb") as raw:
         is_zip = raw.read(len(ZIP)) == ZIP
     if is_zip and not zipfile.is_zipfile(path):
         raise UserError(f"{path}: truncated; copy it again")
-    if is_zip and is_torchscript(path):
-        if not allow_torchscript:
-            raise UserError(f"{path}: a TorchScript archive where a state dict is expected; give the file of weights")
-        return read_torchscript(path)
-    return read_pickle(path, mmap=is_zip)
+    if not (is_zip and is_torchscript(path)):
+        return torch.load(path, weights_only=True, mmap=is_zip, map_location="cpu")
+    if not allow_torchscript:
+        raise UserError(f"{path}: a TorchScript archive where a state dict is expected; give a file of weights alone")
+    return torch.jit.load(path, map_location="cpu").state_dict()
 
 
 def is_torchscript(path: Path) -> bool:
@@ -40,29 +53,9 @@ def is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def read_torchscript(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # torch.jit.load is deprecated, and OpenAI's CLIP is distributed no other way
-            return torch.jit.load(path, map_location="cpu").state_dict()
-    except RuntimeError as error:
-        raise UserError(f"{path}: damaged TorchScript archive ({first_line(error)}); copy it again") from error
-
-
-def read_pickle(path: Path, *, mmap: bool) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols
-            return torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
-    except Exception as error:  # damaged bytes end in whatever the unpickler trips over
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code is not None:
-            raise UserError(f"{path}: contains code (GLOBAL {code[1]}); refused, nothing was executed") from error
-        reason = "damaged" if mmap else "truncated, or no checkpoint of torch.save"
-        raise UserError(f"{path}: {reason} ({type(error).__name__}); copy it again") from error
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def refusal(path: Path, error: Exception) -> UserError:
+    code = re.search(r"GLOBAL (\S+)", str(error))
+    if code is None:
+        return UserError(f"{path}: damaged, or no checkpoint of torch.save ({type(error).__name__}); copy it again")
+    words = f"contains code (GLOBAL {code[1]}); refused, nothing was executed; give a file of weights alone"
+    return UserError(f"{path}: {words}")
