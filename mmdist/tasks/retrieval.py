@@ -34,37 +34,41 @@ def check(config: GenerateConfig) -> None:
 def run(config: GenerateConfig, engine: AnyEngine) -> int:
     assert isinstance(engine, EncoderEngine), "check() lets no other model through"
     engine.check_compares()
-    paths, texts = list_images(Path(str(config.images))), read_lines(Path(str(config.texts)), "texts")
+    images, texts = list_images(Path(str(config.images))), read_lines(Path(str(config.texts)), "texts")
     output = Path(config.output) if config.output else Path(str(config.output_dir)) / "scores.npz"
     check_writable(output)
     prompts = [engine.prompts.prompt(images=[], text=text) for text in texts]
     num_truncated = sum(prompt.truncated for prompt in prompts)
     if num_truncated:
         log.warning("%d of %d texts are too long for the model; their ends are left out", num_truncated, len(texts))
-    with tqdm(total=len(paths) + len(texts), disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(images) + len(texts), disable=not sys.stderr.isatty()) as bar:
         text_features = gather(engine.features(prompts), bar)
-        image_features = gather(engine.features(picture_prompts(engine, paths.values())), bar)
+        image_features = gather(engine.features(picture_prompts(engine, (file for _, file in images))), bar)
     save(
         output,
         logits_per_image=engine.compare(image_features, text_features).numpy(),
         image_features=image_features.numpy(),
         text_features=text_features.numpy(),
-        image_names=np.array(list(paths)),
+        image_names=np.array([name for name, _ in images]),
         texts=np.array(texts),
         truncated=np.array([prompt.truncated for prompt in prompts]),
     )
-    log.info("%d pictures compared with %d texts, scores in %s", len(paths), len(texts), output)
+    log.info("%d pictures compared with %d texts, scores in %s", len(images), len(texts), output)
     return 0
 
 
-def list_images(path: Path) -> dict[str, Path]:
-    """Name -> file: the pictures of a folder, sorted, or those that a file lists, one a line."""
+def list_images(path: Path) -> list[tuple[str, Path]]:
+    """(name, file) of the pictures of a folder, sorted, or of those that a file lists, one a line."""
     if not path.is_dir():
-        return {line: find_file(line, path.parent) for line in read_lines(path, "images")}
-    paths = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
-    if not paths:
+        listed = [(line, find_file(line, path.parent)) for line in read_lines(path, "images")]
+        for line, file in listed:
+            if not file.exists():
+                raise UserError(f"images={path}: {line}: no such picture")
+        return listed
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    if not files:
         raise UserError(f"images={path}: no pictures in it ({', '.join(sorted(PICTURE_SUFFIXES))})")
-    return {file.name: file for file in paths}
+    return [(file.name, file) for file in files]
 
 
 def read_lines(path: Path, key: str) -> list[str]:
@@ -90,10 +94,10 @@ def partial(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def picture_prompts(engine: EncoderEngine, paths: Iterable[Path]) -> Iterator[Prompt]:
+def picture_prompts(engine: EncoderEngine, files: Iterable[Path]) -> Iterator[Prompt]:
     """Read as the engine asks for them, so that no more than a batch of pictures is in memory."""
-    for path in paths:
-        yield engine.prompts.prompt(images=[load_image(path)])
+    for file in files:
+        yield engine.prompts.prompt(images=[load_image(file)])
 
 
 def gather(batches: Iterator[torch.Tensor], bar: tqdm) -> torch.Tensor:
