@@ -61,11 +61,17 @@ class Tensors(dict[str, torch.Tensor]):
         super().__init__(tensors)
         self.path, self.beside = path, dict(beside or {})
 
-    def take(self, name: str) -> torch.Tensor:
-        """Remove and return."""
+    def find(self, name: str) -> torch.Tensor:
+        """A tensor that must be there."""
         if not isinstance(self.get(name), torch.Tensor):
             raise UserError(f"{self.path}: no tensor {name} in it; the file is damaged or of another model")
-        return self.pop(name)
+        return self[name]
+
+    def take(self, name: str) -> torch.Tensor:
+        """Find and remove."""
+        tensor = self.find(name)
+        del self[name]
+        return tensor
 
     def drop(self, *patterns: str) -> list[str]:
         """Remove what fits one of these (`*` is any text); returns the names."""
