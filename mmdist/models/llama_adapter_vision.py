@@ -1,0 +1,97 @@
+"""LLaMA-Adapter's picture side: CLIP's tokens and learned queries through a few transformer blocks, on rank 0 alone.
+
+Reference: OpenGVLab/LLaMA-Adapter, llama_adapter_v2_multimodal7b/llama/llama_adapter.py; the blocks are timm 0.4.12's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmdist.models.vision import ClipTower
+
+NORM_EPS = 1e-5
+
+
+class BlockAttention(nn.Module):
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class BlockMLP(nn.Module):
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class VisualBlock(nn.Module):
+    """timm's transformer block: (batch, tokens, width) -> the same."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.v_embed_dim, NORM_EPS)
+        self.attn = BlockAttention(config.v_embed_dim, config.v_num_heads)
+        self.norm2 = nn.LayerNorm(config.v_embed_dim, NORM_EPS)
+        self.mlp = BlockMLP(config.v_embed_dim, config.v_intermediate_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class LlamaAdapterEncoder(nn.Module):
+    """A picture -> query_len rows of the decoder's width."""
+
+    rank_zero_only = True
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+        vision, hidden_size = config.vision_config, config.text_config.hidden_size
+        self.tower = ClipTower(vision)
+        self.projection = nn.Linear(vision.hidden_size, vision.projection_dim, bias=False)
+        self.clip_proj = nn.Linear(vision.projection_dim, config.v_embed_dim)
+        self.clip_proj_norm = nn.LayerNorm(config.v_embed_dim, NORM_EPS)
+        self.visual_query = nn.Embedding(config.query_len, config.v_embed_dim)
+        self.visual_blocks = nn.ModuleList(VisualBlock(config) for _ in range(config.v_depth))
+        self.visual_proj = nn.Linear(config.v_embed_dim, hidden_size)
+        self.visual_proj_norm = nn.LayerNorm(hidden_size, NORM_EPS)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(pictures, 3, size, size) -> (pictures, query_len, hidden)."""
+        return self.ask(self.clip_features(pixel_values))
+
+    def clip_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(pictures, 3, size, size) -> (pictures, 1 + patches, projection): of all tokens, not the class's alone."""
+        states = self.tower(pixel_values.to(self.projection.weight), [-1])
+        return self.projection(self.tower.model.post_layernorm(states))
+
+    def ask(self, features: torch.Tensor) -> torch.Tensor:
+        """CLIP's (pictures, tokens, projection) -> (pictures, query_len, hidden)."""
+        x = self.clip_proj_norm(self.clip_proj(features))
+        x = torch.cat((self.visual_query.weight.expand(len(x), -1, -1), x), dim=1)
+        for block in self.visual_blocks:
+            x = block(x)
+        return self.visual_proj_norm(self.visual_proj(x[:, : self.config.query_len]))
+
+    def activations(self) -> int:
+        """Numbers that live at once over one picture: pixels, and the states and MLP of a layer."""
+        config, vision = self.config, self.config.vision_config
+        tokens = self.tower.model.embeddings.num_positions
+        layer = tokens * (6 * vision.hidden_size + 2 * vision.intermediate_size)
+        block = (tokens + config.query_len) * (6 * config.v_embed_dim + 2 * config.v_intermediate_size)
+        return 2 * 3 * vision.image_size**2 + max(layer, block)
