@@ -85,9 +85,13 @@ class Family:
 # Kinds that every family is asked; the relations (left_of, above) and lists take the longest to learn.
 BASIC = ("color", "shape", "count", "size", "side", "level", "exists", "caption")
 
+# Those of them whose answers are in questions.ANSWERS.
+CLOSED = tuple(kind for kind in BASIC if kind != "caption")
+
 FAMILIES = {
     "llava_next": Family(tuple(KINDS), ("normal", "odd"), num=500, threshold=0.95),
     "llava": Family(tuple(KINDS), ("square",)),
     "llava_next_video": Family(tuple(CLIP_KINDS), ("square",), request=video_request),
-    "mllama": Family(BASIC, ("normal",)),
+    "mllama": Family(BASIC, ("normal", "odd")),
+    "vlmo": Family(CLOSED, ("normal", "odd"), request=classifier_request, answer_key="answer"),
 }

@@ -198,13 +198,13 @@ class Vlmo(EncoderModel):
         return 2 * len(self.blocks) * self.hidden_size
 
     def activations(self, num_seqs: int) -> int:
-        """Of a text and a picture each: the residual stream, and the scores or the experts' inner states."""
+        """Of a text and a picture each: the residual stream, and an attention or the experts' inner states."""
         config, block, itemsize = self.config, cast(Block, self.blocks[0]), self.dtype.itemsize
         num_tokens = config.max_text_len + 1 + (config.image_size // config.patch_size) ** 2
         pixels = num_seqs * 3 * config.image_size**2 * (FLOAT32 + itemsize)
         residual = 4 * num_seqs * num_tokens * config.hidden_size * itemsize
-        pairs = block.attn.num_heads * num_tokens**2
-        qkv = 2 * num_seqs * num_tokens * sum(block.attn.qkv.local_sizes) * itemsize
+        qkv = num_seqs * num_tokens * sum(block.attn.qkv.local_sizes) * (2 * itemsize + FLOAT32)
+        pairs = block.attn.num_heads * num_tokens**2  # scores and weights in float32, the weights again to be used
         attention = qkv + num_seqs * pairs * (2 * FLOAT32 + itemsize) + pairs * (FLOAT32 + itemsize)
         experts = 2 * num_seqs * num_tokens * block.inner_size * itemsize
         return max(pixels, residual + max(attention, experts))
