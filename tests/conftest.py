@@ -53,6 +53,10 @@ FAMILIES = {
     "llava_15": Family("llava"),
     "llava_next_video": Family("llava_next_video"),
     "mllama": Family("mllama"),
+    "llama_adapter_bias": Family("llama_adapter", "llama_adapter", ("adapter=BIAS-7B.pth", "clip=clip/ViT-L-14.pt")),
+    "llama_adapter_lora": Family(
+        "llama_adapter", "llama_adapter", ("adapter=LORA-BIAS-7B.pth", "clip=clip_plain/ViT-L-14.pt")
+    ),
 }
 CPU = Backend(torch.device("cpu"), "gloo")
 CONVERTED: dict[str, Path] = {}  # original layouts, each converted once a session
