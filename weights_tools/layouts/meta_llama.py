@@ -38,9 +38,11 @@ LAYER: Names = {
 }
 ROTARY = ("attention.wq", "attention.wk")
 UNUSED = "rope.freqs"  # a table that follows from the dims
+COUNTS = {"dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"}
+FRACTIONS = {"norm_eps", "ffn_dim_multiplier", "rope_theta"}
 NEEDED = {"dim", "n_layers", "n_heads", "norm_eps", "multiple_of"}
-OPTIONAL = {"n_kv_heads", "vocab_size", "ffn_dim_multiplier", "rope_theta"}
 RUNNERS = {"max_seq_len", "max_batch_size"}  # settings of Meta's own runner
+KNOWN = {"vocab_size"} | COUNTS | FRACTIONS | RUNNERS
 
 
 @dataclass
@@ -82,22 +84,32 @@ def find_tokenizer(folder: Path) -> Path:
     raise UserError(f"{folder}: no tokenizer.model in it or in {folder.parent}; copy it there")
 
 
-def read_params(source: Source, folder: Path, tokenizer: Path) -> dict[str, Any]:
-    """params.json, completed by the tokenizer, in transformers' words."""
-    path = folder / "params.json"
-    if not path.exists():
-        raise UserError(f"{path}: missing; copy it there")
+def load_params(source: Source, path: Path) -> dict[str, Any]:
+    """params.json with its keys and numbers checked."""
     params = source.json(path)
-    missing, unknown = NEEDED - params.keys(), params.keys() - NEEDED - OPTIONAL - RUNNERS
+    missing, unknown = NEEDED - params.keys(), params.keys() - KNOWN
     if missing or unknown:
         words = f"no {', '.join(sorted(missing))}" if missing else f"unknown key {', '.join(sorted(unknown))}"
         raise UserError(f"{path}: {words}; expected Llama 1 or 2 (of later ones take the Hugging Face folder)")
+    for key in params.keys() & COUNTS:
+        if type(params[key]) is not int or params[key] < 1:
+            raise UserError(f"{path}: {key} is {params[key]!r}, expected a whole number above 0; copy it again")
+    for key in params.keys() & FRACTIONS:
+        if type(params[key]) not in (int, float) or params[key] <= 0:
+            raise UserError(f"{path}: {key} is {params[key]!r}, expected a number above 0; copy it again")
+    if params["dim"] % params["n_heads"]:
+        raise UserError(f"{path}: dim {params['dim']} does not divide into {params['n_heads']} heads")
+    return params
+
+
+def read_params(source: Source, folder: Path, tokenizer: Path) -> dict[str, Any]:
+    """params.json, completed by the tokenizer, in transformers' words."""
+    path = folder / "params.json"
+    params = load_params(source, path)
     pieces = load_pieces(tokenizer)
     vocab_size = pieces.vocab_size()
     if params.get("vocab_size", -1) not in (-1, vocab_size):
         raise UserError(f"{path}: vocab_size {params['vocab_size']}, but {tokenizer} has {vocab_size}; one is wrong")
-    if params["dim"] % params["n_heads"]:
-        raise UserError(f"{path}: dim {params['dim']} does not divide into {params['n_heads']} heads")
     return {
         "model_type": "llama",
         "vocab_size": vocab_size,
@@ -105,7 +117,7 @@ def read_params(source: Source, folder: Path, tokenizer: Path) -> dict[str, Any]
         "intermediate_size": intermediate_size(params),
         "num_hidden_layers": params["n_layers"],
         "num_attention_heads": params["n_heads"],
-        "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"],
+        "num_key_value_heads": params.get("n_kv_heads", params["n_heads"]),
         "rms_norm_eps": params["norm_eps"],
         "rope_theta": params.get("rope_theta", 10000.0),
         "hidden_act": "silu",
@@ -125,7 +137,7 @@ def load_pieces(tokenizer: Path) -> sentencepiece.SentencePieceProcessor:
 def intermediate_size(params: dict[str, Any]) -> int:
     """Two thirds of 4 dim, times a multiplier in some sizes, rounded up to multiple_of; whole numbers at each step."""
     size = int(2 * 4 * params["dim"] / 3)
-    if params.get("ffn_dim_multiplier") is not None:
+    if "ffn_dim_multiplier" in params:
         size = int(params["ffn_dim_multiplier"] * size)
     return params["multiple_of"] * -(-size // params["multiple_of"])
 

@@ -127,6 +127,8 @@ class Source:
         return int(text)
 
     def json(self, path: Path) -> dict[str, Any]:
+        if not path.exists():
+            raise UserError(f"{path}: missing; copy it there")
         try:
             content = json.loads(path.read_text())
         except ValueError as error:
