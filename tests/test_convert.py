@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import GOLDEN
 from convert_cases import FILE, edit, refused, run
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -186,6 +187,39 @@ def test_memory_is_about_one_tensor(original: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(PartFile, "write", watching)
     assert run(original, tmp_path / "dst") == 0
     assert max(seen) - seen[0] < 2 * largest < total / 4
+
+
+GOLDEN_FILES = {
+    "minigpt4": ("minigpt4",),
+    "minigpt4_llama2": ("minigpt4",),
+    "llama_adapter": ("llama_adapter", "--set", "adapter=BIAS-7B.pth", "clip=clip/ViT-L-14.pt"),
+    "vlmo_vqa": ("vlmo",),
+    "vlmo_vqa_plus": ("vlmo", "--set", "num_heads=8"),
+    "vlmo_retrieval": ("vlmo",),
+}
+
+
+@pytest.mark.parametrize("case", GOLDEN_FILES)
+def test_every_original_is_converted_then_split(case: str, tmp_path: Path):
+    model, *settings = GOLDEN_FILES[case]
+    plain, parts = str(tmp_path / "plain"), str(tmp_path / "parts")
+    assert main(["convert", model, "--src", str(GOLDEN / case / "checkpoint"), "--dst", plain, *settings]) == 0
+    assert main(["verify", plain]) == 0
+    assert main(["split", plain, "--ranks", "2", "--dst", parts]) == 0
+    assert main(["verify", parts, "--against", plain]) == 0
+    assert not (tmp_path / "parts" / CONVERSION).exists()
+
+
+def test_config_that_makes_no_model(tmp_path: Path, capsys: pytest.CaptureFixture):
+    src = tmp_path / "original"
+    shutil.copytree(GOLDEN / "minigpt4" / "checkpoint", src, copy_function=shutil.copyfile)
+    path = src / "weights_language" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": 7}))
+    assert main(["convert", "minigpt4", "--src", str(src), "--dst", str(tmp_path / "dst")]) == 2
+    line = one_line(capsys)
+    assert (
+        f"{src}: makes no minigpt4 config: " in line and "not a multiple of the number of attention heads (7)" in line
+    )
 
 
 @pytest.mark.parametrize("family", list_layouts())
