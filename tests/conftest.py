@@ -53,6 +53,8 @@ FAMILIES = {
     "llava_15": Family("llava"),
     "llava_next_video": Family("llava_next_video"),
     "mllama": Family("mllama"),
+    "minigpt4": Family("minigpt4", settings=()),
+    "minigpt4_llama2": Family("minigpt4", settings=()),
     "llama_adapter_bias": Family("llama_adapter", "llama_adapter", ("adapter=BIAS-7B.pth", "clip=clip/ViT-L-14.pt")),
     "llama_adapter_lora": Family(
         "llama_adapter", "llama_adapter", ("adapter=LORA-BIAS-7B.pth", "clip=clip_plain/ViT-L-14.pt")
