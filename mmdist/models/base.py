@@ -45,6 +45,7 @@ class Processor(ABC):
 
     stop: Sequence[str] = ()  # texts that end this family's answers
     takes_video: bool = False  # prompt() then also has videos=, each a list of PIL frames
+    single_turn: bool = False  # the family has no conversation: a chat then asks each question by itself
 
     @abstractmethod
     def prompt(self, *, images: Sequence[Any], messages: list[dict] | None = None, text: str | None = None) -> Prompt:

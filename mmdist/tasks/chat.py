@@ -71,8 +71,11 @@ class Conversation:
         self.num_new_images = self.num_new_videos = 0
 
     def show(self, path: Path) -> None:
-        """Put a picture in front of the next question."""
-        self.images.append(load_image(path))
+        """Put a picture in front of the next question; without a conversation, in the place of the one before."""
+        image = load_image(path)
+        if self.engine.prompts.single_turn:
+            self.reset()
+        self.images.append(image)
         self.num_new_images += 1
 
     def show_video(self, path: Path) -> None:
@@ -88,6 +91,8 @@ class Conversation:
         answer, interrupted = self._stream(Request("chat", prompt, self.params))
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]}]
         self.num_new_images = self.num_new_videos = 0
+        if self.engine.prompts.single_turn:  # the picture alone stays
+            self.messages, self.num_new_images = [], len(self.images)
         return not interrupted
 
     def _stream(self, request: Request) -> tuple[str, bool]:
@@ -120,6 +125,8 @@ def noted_interrupt() -> Iterator[threading.Event]:
 
 def converse(conversation: Conversation) -> None:
     print(HELP)
+    if conversation.engine.prompts.single_turn:
+        print("This model has no conversation: each question stands alone, about the last picture.")
     while (line := read_line(conversation.engine)) is not None:
         try:
             if not obey(line.strip(), conversation):
