@@ -39,6 +39,12 @@ class TP:
             dist.all_reduce(x, group=self.group)
         return x
 
+    def all_max(self, x: torch.Tensor) -> torch.Tensor:
+        """Largest over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+        return x
+
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """(..., n) on each rank -> (..., n * size), in the order of the ranks."""
         if self.size == 1:

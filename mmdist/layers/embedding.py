@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmdist.layers.linear import PackedWeight
+from mmdist.layers.linear import ParallelWeight
 from mmdist.plan import Piece, Shard
 from mmdist.tp import TP
 
@@ -36,18 +36,15 @@ class VocabParallelEmbedding(nn.Module):
         return self.tp.all_reduce(rows * mine[:, None])
 
 
-class ParallelLMHead(PackedWeight):
+class ParallelLMHead(ParallelWeight):
     """(rows, hidden) -> (rows, vocab), equal on every rank."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, tp: TP):
-        super().__init__()
-        self.tp = tp
-        self.vocab_size = vocab_size
-        self.piece = vocab_piece(vocab_size, tp)
-        self.weight = nn.Parameter(torch.empty(self.piece.local_size(tp), hidden_size))
+    cut_dim = 0
 
-    def shards(self) -> dict[str, Shard]:
-        return {"weight": Shard(0, (self.piece,))}
+    def __init__(self, vocab_size: int, hidden_size: int, tp: TP):
+        super().__init__([vocab_piece(vocab_size, tp)], tp)
+        self.vocab_size = vocab_size
+        self.weight = nn.Parameter(torch.empty(self.pieces[0].local_size(tp), hidden_size))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.tp.all_gather(self.matmul(hidden))[:, : self.vocab_size]

@@ -1,68 +1,114 @@
-"""Linear layers cut over the ranks; the collective stands in `forward`, where the arithmetic needs it."""
+"""Linear layers cut over the ranks; the collective stands in `forward`, where the arithmetic needs it.
+
+Parallelism is the layer's, quantisation the weight format's: a layer says along which dim it is cut, the format what
+that means for the tensors it stores (mmdist.quant).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from mmdist.kernels import packed
+from mmdist.kernels.linear import Linear, PackedLinear, QuantizedLinear
 from mmdist.plan import Piece, Shard
+from mmdist.quant import Quantized, Scheme, WeightFormat, find_amax, quantize
 from mmdist.tp import TP
 
 
-class PackedWeight(nn.Module):
-    """A layer with a weight (out, in), which is packed after loading where that makes its product faster."""
+class ParallelWeight(nn.Module):
+    """A layer with a weight (out, in) cut along cut_dim, which is made ready once it is loaded.
 
+    format: how the checkpoint stores it quantised, None for plain numbers. scheme: to quantise plain numbers with.
+    """
+
+    cut_dim: ClassVar[int]
     weight: nn.Parameter
 
-    def __init__(self) -> None:
+    def __init__(self, pieces: Sequence[Piece], tp: TP):
         super().__init__()
-        self.packed: torch.Tensor | None = None
+        self.pieces, self.tp = tuple(pieces), tp
+        self.format: WeightFormat | None = None
+        self.scheme: Scheme | None = None
+        self.linear: Linear | None = None
+
+    def store_as(self, format: WeightFormat) -> None:
+        """Hold the tensors of `format` instead of the plain weight; before loading."""
+        rows, columns = self.weight.shape
+        del self.weight
+        self.format = format
+        for name, spec in format.specs(rows, columns).items():
+            empty = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
+    def shards(self) -> dict[str, Shard]:
+        if self.format is not None:
+            return self.format.shards(self.cut_dim, self.pieces)
+        return {"weight": Shard(self.cut_dim, self.pieces)}
 
     def after_load(self, device: torch.device) -> None:
-        if packed.can_pack(self.weight):
-            self.packed = packed.pack(self.weight)
-            self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)  # its shape stays, its memory goes
+        """The loaded tensors' memory goes, their shapes stay."""
+        if self.format is not None:
+            stored = {name: getattr(self, name) for name in self.format.names}
+            self.linear = QuantizedLinear(self.format.read(stored))
+        elif self.scheme is not None:
+            self.linear = QuantizedLinear(self.quantized(self.scheme))
+        elif packed.can_pack(self.weight):
+            self.linear = PackedLinear(self.weight)
+        else:
+            return
+        for name in self.format.names if self.format is not None else ("weight",):
+            setattr(self, name, nn.Parameter(getattr(self, name).to("meta"), requires_grad=False))
+
+    def quantized(self, scheme: Scheme) -> Quantized:
+        """This rank's part of the whole weight's integers."""
+        return quantize(self.weight, scheme)
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if self.packed is None:
-            return F.linear(x, self.weight, bias)
-        return packed.packed_linear(x, self.packed, bias)
+        return F.linear(x, self.weight, bias) if self.linear is None else self.linear(x, bias)
 
 
-class ColumnParallelLinear(PackedWeight):
+class ColumnParallelLinear(ParallelWeight):
     """y = x W^T + b with the rows of W cut: (..., in) -> (..., this rank's out). No collective."""
 
+    cut_dim = 0
+
     def __init__(self, in_features: int, pieces: Sequence[Piece], tp: TP, *, bias: bool = False):
-        super().__init__()
-        self.pieces = tuple(pieces)
+        super().__init__(pieces, tp)
         self.local_sizes = [piece.local_size(tp) for piece in self.pieces]
         rows = sum(self.local_sizes)
         self.weight = nn.Parameter(torch.empty(rows, in_features))
         self.bias = nn.Parameter(torch.empty(rows)) if bias else None
 
     def shards(self) -> dict[str, Shard]:
-        return {"weight": Shard(0, self.pieces), "bias": Shard(0, self.pieces)}
+        return {**super().shards(), "bias": Shard(0, self.pieces)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.matmul(x, self.bias)
 
 
-class RowParallelLinear(PackedWeight):
+class RowParallelLinear(ParallelWeight):
     """y = x W^T + b with the columns of W cut: (..., this rank's in) -> (..., out), equal on every rank."""
 
+    cut_dim = 1
+
     def __init__(self, in_features: int, out_features: int, tp: TP, *, bias: bool = False):
-        super().__init__()
-        self.tp = tp
-        self.piece = Piece(in_features)
+        super().__init__([Piece(in_features)], tp)
         self.weight = nn.Parameter(torch.empty(out_features, self.piece.local_size(tp)))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
-    def shards(self) -> dict[str, Shard]:
-        return {"weight": Shard(1, (self.piece,))}
+    @property
+    def piece(self) -> Piece:
+        return self.pieces[0]
+
+    def quantized(self, scheme: Scheme) -> Quantized:
+        """A rank sees but a part of each row, and a whole row has one scale: the ranks find its maximum together."""
+        amax = find_amax(self.weight, scheme)
+        return quantize(self.weight, scheme, amax if scheme.group_size else self.tp.all_max(amax))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.tp.all_reduce(self.matmul(x))

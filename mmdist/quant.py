@@ -1,0 +1,176 @@
+"""Weight formats: how a quantised weight is stored, cut and read; knows no layer and no rank.
+
+A quantised weight (rows, columns) is (q - offset) * scale: q int8, scale and offset one a row, or one a row and group
+of columns. Formulas: msmodelslim's int_quantization.py (symmetric min-max, data-free).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from mmdist.config import UserError
+from mmdist.plan import Piece, Shard
+
+MAX_INT = {4: 7, 8: 127}
+INT32_BITS = 32
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """bits of a weight; group_size: columns that share a scale, 0 for whole rows."""
+
+    bits: int
+    group_size: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"w{self.bits}a16"
+
+    def num_groups(self, columns: int) -> int:
+        if not self.group_size:
+            return 1
+        if columns % self.group_size:
+            raise UserError(f"group_size={self.group_size} does not divide a weight of {columns} columns")
+        return columns // self.group_size
+
+
+@dataclass
+class Quantized:
+    """q int8 (rows, columns), scale float32 (rows, groups); offset like scale, None where it is zero."""
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    offset: torch.Tensor | None = None
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 (rows, columns)"""
+        grouped = self.q.float().unflatten(1, (self.scale.shape[1], -1))
+        if self.offset is not None:
+            grouped = grouped - self.offset[..., None]
+        return (grouped * self.scale[..., None]).flatten(1)
+
+
+def find_scale(amax: torch.Tensor, bits: int) -> torch.Tensor:
+    """Largest magnitude of each group (or row), float32 -> scale."""
+    return (amax / MAX_INT[bits]).clamp(min=torch.finfo(torch.float32).eps)
+
+
+def find_amax(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """(rows, columns) -> largest magnitudes (rows, groups), float32."""
+    return weight.float().unflatten(1, (scheme.num_groups(weight.shape[1]), -1)).abs().amax(-1)
+
+
+def quantize(weight: torch.Tensor, scheme: Scheme, amax: torch.Tensor | None = None) -> Quantized:
+    """(rows, columns) -> symmetric integers. amax: find_amax's of the whole rows, where the weight is part of them."""
+    amax = find_amax(weight, scheme) if amax is None else amax
+    grouped = weight.float().unflatten(1, (amax.shape[1], -1))
+    scale = find_scale(amax, scheme.bits)
+    q = (grouped / scale[..., None]).round_().clamp_(-MAX_INT[scheme.bits] - 1, MAX_INT[scheme.bits])
+    return Quantized(q.to(torch.int8).flatten(1), scale)
+
+
+@dataclass(frozen=True)
+class Spec:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class WeightFormat(ABC):
+    """How a checkpoint stores the quantised weight of one linear layer: its tensors, by their names' last word."""
+
+    scheme: Scheme
+    names: ClassVar[tuple[str, ...]]  # of what it stores instead of a weight
+
+    @abstractmethod
+    def specs(self, rows: int, columns: int) -> dict[str, Spec]:
+        """What a layer holds instead of a weight (rows, columns)."""
+
+    @abstractmethod
+    def shards(self, dim: int, pieces: Sequence[Piece]) -> dict[str, Shard]:
+        """How the tensors are cut where the weight is cut along dim."""
+
+    @abstractmethod
+    def read(self, tensors: Mapping[str, torch.Tensor]) -> Quantized: ...
+
+    @abstractmethod
+    def write(self, weight: Quantized) -> dict[str, torch.Tensor]: ...
+
+    def scale_shards(self, names: Sequence[str], dim: int, pieces: Sequence[Piece]) -> dict[str, Shard]:
+        """Of tensors (rows, groups): like the rows; along the columns only where there are groups of them."""
+        if dim == 0:
+            return {name: Shard(0, tuple(pieces)) for name in names}
+        if not self.scheme.group_size:
+            return {}
+        groups = tuple(replace(piece, size=self.scheme.num_groups(piece.size)) for piece in pieces)
+        return {name: Shard(1, groups) for name in names}
+
+
+class Ascend(WeightFormat):
+    """msmodelslim's: weight int8 (4 bits too), weight_scale and weight_offset float32 (rows, groups)."""
+
+    names = ("weight", "weight_scale", "weight_offset")
+
+    def specs(self, rows: int, columns: int) -> dict[str, Spec]:
+        scale = Spec((rows, self.scheme.num_groups(columns)), torch.float32)
+        return {"weight": Spec((rows, columns), torch.int8), "weight_scale": scale, "weight_offset": scale}
+
+    def shards(self, dim: int, pieces: Sequence[Piece]) -> dict[str, Shard]:
+        scales = self.scale_shards(("weight_scale", "weight_offset"), dim, pieces)
+        return {"weight": Shard(dim, tuple(pieces)), **scales}
+
+    def read(self, tensors: Mapping[str, torch.Tensor]) -> Quantized:
+        offset = tensors["weight_offset"]
+        return Quantized(tensors["weight"], tensors["weight_scale"], offset if offset.any() else None)
+
+    def write(self, weight: Quantized) -> dict[str, torch.Tensor]:
+        offset = torch.zeros_like(weight.scale) if weight.offset is None else weight.offset
+        return {"weight": weight.q, "weight_scale": weight.scale, "weight_offset": offset}
+
+
+class Compressed(WeightFormat):
+    """compressed-tensors' pack-quantized: weight_packed int32 (rows, columns / values a word), the lowest bits first,
+    each value with half its range added; weight_scale (rows, groups); weight_shape int64 (2,), which follows from
+    the others as long as rows fill whole words."""
+
+    names = ("weight_packed", "weight_scale")
+
+    @property
+    def values_per_word(self) -> int:
+        return INT32_BITS // self.scheme.bits
+
+    def specs(self, rows: int, columns: int) -> dict[str, Spec]:
+        if columns % self.values_per_word:
+            raise UserError(f"{columns} columns of {self.scheme.bits} bits do not fill 32-bit words")
+        return {
+            "weight_packed": Spec((rows, columns // self.values_per_word), torch.int32),
+            "weight_scale": Spec((rows, self.scheme.num_groups(columns)), torch.float32),
+        }
+
+    def shards(self, dim: int, pieces: Sequence[Piece]) -> dict[str, Shard]:
+        packed = tuple(pieces)
+        if dim == 1:
+            packed = tuple(replace(piece, size=piece.size // self.values_per_word) for piece in pieces)
+        return {"weight_packed": Shard(dim, packed), **self.scale_shards(("weight_scale",), dim, pieces)}
+
+    def read(self, tensors: Mapping[str, torch.Tensor]) -> Quantized:
+        bits, half = self.scheme.bits, 1 << (self.scheme.bits - 1)
+        shifts = torch.arange(0, INT32_BITS, bits, dtype=torch.int32, device=tensors["weight_packed"].device)
+        values = (tensors["weight_packed"][..., None] >> shifts) & (2 * half - 1)
+        return Quantized((values - half).to(torch.int8).flatten(1), tensors["weight_scale"].float())
+
+    def write(self, weight: Quantized) -> dict[str, torch.Tensor]:
+        bits, half = self.scheme.bits, 1 << (self.scheme.bits - 1)
+        shifts = torch.arange(0, INT32_BITS, bits, dtype=torch.int64)
+        values = (weight.q.long() + half).unflatten(1, (-1, self.values_per_word))
+        words = (values << shifts).sum(-1)
+        packed = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+        return {"weight_packed": packed, "weight_scale": weight.scale, "weight_shape": torch.tensor(weight.q.shape)}
+
+
+FORMATS: dict[str, type[WeightFormat]] = {"ascend": Ascend, "compressed-tensors": Compressed}
