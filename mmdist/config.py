@@ -12,6 +12,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
+QUANT_SCHEMES = ("auto", "none", "w8a16", "w4a16")
 FREE_TEXT_KEYS = (
     "prompt",
     "image",
@@ -89,6 +90,20 @@ class HardwareConfig:
             self.threads_per_rank,
             "above 0",
         )
+
+
+@dataclass
+class QuantConfig:
+    """What yaml of conf/quant is chosen."""
+
+    scheme: str = key(
+        "auto", "auto (as the checkpoint is), none (it must be plain), w8a16 or w4a16 (quantise on loading)"
+    )
+    group_size: int = key(0, "columns of a weight that share a scale; 0: whole rows")
+
+    def __post_init__(self) -> None:
+        require(self.scheme in QUANT_SCHEMES, "quant.scheme", self.scheme, "|".join(QUANT_SCHEMES))
+        require(self.group_size >= 0, "quant.group_size", self.group_size, "0 or above")
 
 
 @dataclass
@@ -181,6 +196,7 @@ class Config:
     output_dir: str | None = key(None, "the job's folder, made by rank 0; default: outputs/DATE/TIME")
     model: ModelConfig = group(ModelConfig, "the model family")
     hardware: HardwareConfig = group(HardwareConfig, "where it runs")
+    quant: QuantConfig = group(QuantConfig, "weights in integers")
     engine: EngineConfig = group(EngineConfig, "batching and the KV cache")
     launcher: LauncherConfig = group(LauncherConfig, "how the ranks are started")
 

@@ -165,10 +165,23 @@ def cut(full: torch.Tensor, placement: Placement, tp: TP) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, placement.dim)
 
 
-def bytes_per_rank(model: nn.Module, plan: Plan, tp: TP, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes of the parts every rank has, bytes of what rank 0 holds alone) on this rank, padding included."""
-    alone = {placement.param for placement in plan.values() if placement.rank_zero_only}
-    numel = {True: 0, False: 0}
-    for name, param in model.named_parameters():
-        numel[name in alone] += param.numel()
-    return numel[False] * dtype.itemsize, numel[True] * dtype.itemsize if tp.rank == 0 else 0
+@runtime_checkable
+class Readied(Protocol):
+    """A module whose parameters take another form once they are loaded."""
+
+    def bytes_once_ready(self) -> int: ...
+
+
+def bytes_per_rank(model: nn.Module, tp: TP) -> tuple[int, int]:
+    """(bytes of the parts every rank has, bytes of what rank 0 holds alone) on this rank, padding included.
+
+    model: in the dtype it will run in.
+    """
+    numbers = {True: 0, False: 0}
+    seen: set[int] = set()
+    for _, module, rank_zero_only in walk(model):
+        params = [param for param in module.parameters(recurse=False) if id(param) not in seen]
+        seen |= {id(param) for param in params}
+        ready = module.bytes_once_ready() if isinstance(module, Readied) and params else sum(p.nbytes for p in params)
+        numbers[rank_zero_only] += ready
+    return numbers[False], numbers[True] if tp.rank == 0 else 0

@@ -17,6 +17,7 @@ from mmdist.config import UserError
 from mmdist.plan import Piece, Shard
 
 MAX_INT = {4: 7, 8: 127}
+FOLLOWS = ("*.weight_shape",)  # tensors of a format that say nothing its others do not
 INT32_BITS = 32
 
 
@@ -31,6 +32,10 @@ class Scheme:
     def name(self) -> str:
         return f"w{self.bits}a16"
 
+    def num_bytes(self, rows: int, columns: int) -> int:
+        """Of a weight in memory: integers, and scales in float32."""
+        return rows * (columns * self.bits // 8 + 4 * self.num_groups(columns))
+
     def num_groups(self, columns: int) -> int:
         if not self.group_size:
             return 1
@@ -43,6 +48,7 @@ class Scheme:
 class Quantized:
     """q int8 (rows, columns), scale float32 (rows, groups); offset like scale, None where it is zero."""
 
+    bits: int
     q: torch.Tensor
     scale: torch.Tensor
     offset: torch.Tensor | None = None
@@ -71,7 +77,7 @@ def quantize(weight: torch.Tensor, scheme: Scheme, amax: torch.Tensor | None = N
     grouped = weight.float().unflatten(1, (amax.shape[1], -1))
     scale = find_scale(amax, scheme.bits)
     q = (grouped / scale[..., None]).round_().clamp_(-MAX_INT[scheme.bits] - 1, MAX_INT[scheme.bits])
-    return Quantized(q.to(torch.int8).flatten(1), scale)
+    return Quantized(scheme.bits, q.to(torch.int8).flatten(1), scale)
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,8 @@ class Ascend(WeightFormat):
 
     def read(self, tensors: Mapping[str, torch.Tensor]) -> Quantized:
         offset = tensors["weight_offset"]
-        return Quantized(tensors["weight"], tensors["weight_scale"], offset if offset.any() else None)
+        offset_or_none = offset if offset.any() else None
+        return Quantized(self.scheme.bits, tensors["weight"], tensors["weight_scale"], offset_or_none)
 
     def write(self, weight: Quantized) -> dict[str, torch.Tensor]:
         offset = torch.zeros_like(weight.scale) if weight.offset is None else weight.offset
@@ -162,7 +169,7 @@ class Compressed(WeightFormat):
         bits, half = self.scheme.bits, 1 << (self.scheme.bits - 1)
         shifts = torch.arange(0, INT32_BITS, bits, dtype=torch.int32, device=tensors["weight_packed"].device)
         values = (tensors["weight_packed"][..., None] >> shifts) & (2 * half - 1)
-        return Quantized((values - half).to(torch.int8).flatten(1), tensors["weight_scale"].float())
+        return Quantized(bits, (values - half).to(torch.int8).flatten(1), tensors["weight_scale"].float())
 
     def write(self, weight: Quantized) -> dict[str, torch.Tensor]:
         bits, half = self.scheme.bits, 1 << (self.scheme.bits - 1)

@@ -113,6 +113,10 @@ class Checkpoint:
                     f"{self.files[name]}: {self.names[name]} is {self.dtypes[name]}; mmdist reads {', '.join(DTYPES)}"
                 )
 
+    def stored_dtypes(self) -> dict[str, str]:
+        """Name in the files -> safetensors' word."""
+        return {self.names[name]: dtype for name, dtype in self.dtypes.items()}
+
     def dtype(self, name: str) -> torch.dtype:
         return DTYPES[self.dtypes[name]]
 

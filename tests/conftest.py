@@ -24,7 +24,7 @@ from torch.testing._internal.distributed.multi_threaded_pg import (
 )
 
 from mmdist.backend import Backend
-from mmdist.config import Config, EngineConfig, ModelConfig, SamplingParams
+from mmdist.config import Config, EngineConfig, ModelConfig, QuantConfig, SamplingParams
 from mmdist.engine.engine import Engine
 from mmdist.engine.load import load_engine
 from mmdist.engine.request import Output, Request
@@ -50,6 +50,7 @@ FAMILIES = {
     "llava_next_mistral": Family("llava_next"),
     "llava_next_vicuna": Family("llava_next"),
     "llava_next_34b": Family("llava_next"),
+    "llava_next_mistral_w8a16": Family("llava_next"),
     "llava_15": Family("llava"),
     "llava_next_video": Family("llava_next_video"),
     "mllama": Family("mllama"),
@@ -119,12 +120,20 @@ def convert(model: str, source: Path, settings: tuple[str, ...]) -> Path:
     return folder
 
 
-def config_for(checkpoint: Path | Case, *, model: str = "llava_next", dtype: str = "float32", **engine: Any) -> Config:
+def config_for(
+    checkpoint: Path | Case,
+    *,
+    model: str = "llava_next",
+    dtype: str = "float32",
+    quant: QuantConfig | None = None,
+    **engine: Any,
+) -> Config:
     """A golden case, or a checkpoint of the family `model`."""
     model = checkpoint.model if isinstance(checkpoint, Case) else model
     checkpoint = checkpoint.checkpoint if isinstance(checkpoint, Case) else checkpoint
     settings = EngineConfig(**{"max_model_len": 512, "max_num_seqs": 4, **engine})
-    return Config(checkpoint=str(checkpoint), model=ModelConfig(name=model), dtype=dtype, engine=settings)
+    quant = quant or QuantConfig()
+    return Config(checkpoint=str(checkpoint), model=ModelConfig(name=model), dtype=dtype, quant=quant, engine=settings)
 
 
 def run_ranks(size: int, work: Callable[[TP], Any]) -> list[Any]:

@@ -19,13 +19,12 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from mmdist.backend import Backend
 from mmdist.config import SamplingParams
 from mmdist.engine.engine import Engine
-from mmdist.engine.load import load_engine
+from mmdist.engine.load import load_engine, open_model
 from mmdist.engine.request import Request
 from mmdist.models.family import build_model, find_model, legal_world_sizes, load_model_config
-from mmdist.plan import shard_plan
 from mmdist.tasks.requests import user_message
 from mmdist.tp import TP
-from mmdist.weights import load_weights, open_checkpoint
+from mmdist.weights import load_weights
 
 # Text models of the three kinds, with fewer KV heads than ranks, and vocabularies that no world size divides.
 KINDS = {
@@ -178,10 +177,8 @@ def test_a_rank_reads_only_its_own_slices(case: Case, size: int) -> None:
         return
     for rank in range(size):
         tp = TP(rank, size)
-        model = build_model(family, config, tp, torch.float32)
-        plan = shard_plan(model, tp)
-        checkpoint = open_checkpoint(case.checkpoint, family.renames, family.ignored, tp)
-        mine = [p for p in plan.values() if p.held_by(tp)]
+        model, plan, checkpoint, _ = open_model(config_for(case), tp, "cpu")
+        mine = [placement for placement in plan.values() if placement.held_by(tp)]
         own = sum(math.prod(p.part_shape(tp)) * checkpoint.dtype(p.name).itemsize for p in mine)
         assert load_weights(model, checkpoint, plan, tp, torch.device("cpu")) == own
         assert rank == 0 or all(param.is_meta for param in model.vision.parameters())

@@ -16,7 +16,9 @@ REPOSITORY = Path(__file__).parents[1]
 FLOORS = (
     ("mmdist.config", "mmdist.log"),
     ("mmdist.backend", "mmdist.tp"),
-    ("mmdist.plan", "mmdist.kernels", "mmdist.manifest"),
+    ("mmdist.plan", "mmdist.manifest"),
+    ("mmdist.quant",),
+    ("mmdist.kernels", "mmdist.quant_files"),
     ("mmdist.weights",),
     ("mmdist.layers",),
     ("mmdist.models",),

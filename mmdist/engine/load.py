@@ -19,8 +19,11 @@ from mmdist.engine.engine import Engine
 from mmdist.engine.memory import RankMemory, rank_memory
 from mmdist.manifest import MANIFEST, load_manifest
 from mmdist.models.base import EncoderModel, Model, MultimodalModel
-from mmdist.models.family import build_model, find_model, load_model_config
+from mmdist.models.family import build_model, check_world_size, find_model, load_model_config
+from mmdist.models.quantized import cast, check_plain, hold_as_stored, quantise_on_loading
 from mmdist.plan import Plan, shard_plan
+from mmdist.quant import FOLLOWS, Ascend, Scheme, WeightFormat
+from mmdist.quant_files import check_description, find_format
 from mmdist.tp import TP
 from mmdist.weights import Checkpoint, load_weights, open_checkpoint
 
@@ -58,7 +61,8 @@ def find_dtype(config: Config, checkpoint: Checkpoint, plan: Plan, device: str) 
     """dtype=, where auto is the dtype of the decoder's weights (float16 becomes bfloat16 on a CPU)."""
     if config.dtype != "auto":
         return DTYPES[config.dtype]
-    stored = checkpoint.dtype(next(p.name for p in plan.values() if p.dim is not None))
+    cut = (checkpoint.dtype(placement.name) for placement in plan.values() if placement.dim is not None)
+    stored = next(dtype for dtype in cut if dtype.is_floating_point)
     if device == "cpu" and stored == torch.float16:  # CPUs have no fast float16 matrix product
         log.info("dtype=auto: the checkpoint's float16 runs as bfloat16 on the CPU; dtype=float32 or float16 to choose")
         return torch.bfloat16
@@ -70,11 +74,33 @@ def open_model(config: Config, tp: TP, device: str) -> tuple[Model, Plan, Checkp
     family = find_model(config.model.name)
     folder = find_checkpoint(config)
     model_config = load_model_config(family, folder)
-    model = build_model(family, model_config, tp, torch.float32)
+    held, scheme = find_quant(config)
+    check_world_size(family, model_config, tp.size, held or (Ascend(scheme) if scheme else None))
+    model = build_model(family, model_config, tp)
+    checkpoint = open_checkpoint(folder, family.renames, [*family.ignored, *FOLLOWS], tp)
+    if held is not None:
+        check_description(folder, checkpoint.stored_dtypes())
+        hold_as_stored(model, checkpoint, held, tp)
+    if scheme is not None:
+        quantise_on_loading(model, scheme)
     plan = shard_plan(model, tp)
-    checkpoint = open_checkpoint(folder, family.renames, family.ignored, tp)
     checkpoint.check(plan, config.model.name)
-    return model.to(find_dtype(config, checkpoint, plan, device)), plan, checkpoint, model_config
+    check_plain(model, plan, checkpoint)
+    cast(model, find_dtype(config, checkpoint, plan, device))
+    return model, plan, checkpoint, model_config
+
+
+def find_quant(config: Config) -> tuple[WeightFormat | None, Scheme | None]:
+    """(how the checkpoint holds its weights, how plain ones are to be quantised on loading); at most one of them."""
+    folder, asked = find_checkpoint(config), config.quant.scheme
+    held = find_format(folder)
+    if held is not None and asked not in ("auto", held.scheme.name):
+        raise UserError(
+            f"quant={asked}: {folder} is quantised as {held.scheme.name}; use quant=auto, or a plain checkpoint"
+        )
+    if held is not None or asked in ("auto", "none"):
+        return held, None
+    return None, Scheme(int(asked[1]), config.quant.group_size)
 
 
 def load_engine(config: Config, tp: TP, backend: Backend) -> AnyEngine:

@@ -44,7 +44,7 @@ class StepMemory:
 
 def rank_memory(model: Model, plan: Plan, tp: TP, config: EngineConfig) -> RankMemory:
     """model: built (on meta is enough) for `tp`, in the dtype it will run in."""
-    llm, vision = bytes_per_rank(model, plan, tp, model.dtype)
+    llm, vision = bytes_per_rank(model, tp)
     largest = max(prod(placement.shape) for placement in plan.values() if placement.held_by(tp))
     step = step_memory(model, tp, config)
     return RankMemory(

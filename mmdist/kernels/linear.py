@@ -31,22 +31,49 @@ class PackedLinear:
 
 
 class QuantizedLinear:
-    """Integers stay integers in memory. Few rows on a CPU go through torch's int8 product where each row of the weight
-    has one scale; else the weight is turned back for the product."""
+    """int8 in memory, turned back for each product: right for every weight and device."""
 
     def __init__(self, weight: Quantized):
         self.weight = weight
-        self.by_row = weight.offset is None and weight.scale.shape[1] == 1
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, self.weight.dequantize().to(x.dtype), bias)
+
+
+class Int8Linear:
+    """One scale a row of the weight: it comes after the product. On a CPU few rows go through torch's int8 product."""
+
+    def __init__(self, weight: Quantized):
+        self.q, self.scale = weight.q, weight.scale.flatten()
         self.on_cpu = weight.q.device.type == "cpu"
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if not self.by_row:
-            return F.linear(x, self.weight.dequantize().to(x.dtype), bias)
-        scale = self.weight.scale.flatten()
         rows = x.flatten(0, -2)
         if self.on_cpu and len(rows) < MANY_ROWS:
-            y = torch._weight_int8pack_mm(rows, self.weight.q, scale.to(x.dtype))
+            y = torch._weight_int8pack_mm(rows, self.q, self.scale.to(x.dtype))
         else:
-            y = (F.linear(rows, self.weight.q.to(x.dtype)) * scale).to(x.dtype)
+            y = (F.linear(rows, self.q.to(x.dtype)) * self.scale).to(x.dtype)
         y = y.view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
+
+
+class Int4Linear:
+    """Two values a byte; turned back for each product."""
+
+    def __init__(self, weight: Quantized):
+        low, high = weight.q.unflatten(1, (-1, 2)).unbind(-1)
+        self.packed = (low & 15) | (high << 4)
+        self.scale = weight.scale
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        low = (self.packed << 4) >> 4  # the shifts carry the sign
+        q = torch.stack((low, self.packed >> 4), dim=-1).flatten(1)
+        return F.linear(x, Quantized(4, q, self.scale).dequantize().to(x.dtype), bias)
+
+
+def quantized_linear(weight: Quantized) -> Linear:
+    if weight.offset is not None:
+        return QuantizedLinear(weight)
+    if weight.bits == 4:
+        return Int4Linear(weight)
+    return Int8Linear(weight) if weight.scale.shape[1] == 1 else QuantizedLinear(weight)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmdist.kernels import packed
-from mmdist.kernels.linear import Linear, PackedLinear, QuantizedLinear
+from mmdist.kernels.linear import Linear, PackedLinear, quantized_linear
 from mmdist.plan import Piece, Shard
 from mmdist.quant import Quantized, Scheme, WeightFormat, find_amax, quantize
 from mmdist.tp import TP
@@ -35,10 +35,11 @@ class ParallelWeight(nn.Module):
         self.format: WeightFormat | None = None
         self.scheme: Scheme | None = None
         self.linear: Linear | None = None
+        self.shape: tuple[int, ...] = ()  # of the weight, where `format` stands for it
 
     def store_as(self, format: WeightFormat) -> None:
         """Hold the tensors of `format` instead of the plain weight; before loading."""
-        rows, columns = self.weight.shape
+        rows, columns = self.shape = tuple(self.weight.shape)
         del self.weight
         self.format = format
         for name, spec in format.specs(rows, columns).items():
@@ -50,13 +51,22 @@ class ParallelWeight(nn.Module):
             return self.format.shards(self.cut_dim, self.pieces)
         return {"weight": Shard(self.cut_dim, self.pieces)}
 
+    def bytes_once_ready(self) -> int:
+        names = () if self.format is None else self.format.names
+        others = sum(param.nbytes for name, param in self.named_parameters(recurse=False) if name not in names)
+        if self.format is not None:
+            return others + self.format.scheme.num_bytes(*self.shape)
+        if self.scheme is not None:
+            return others - self.weight.nbytes + self.scheme.num_bytes(*self.weight.shape)
+        return others
+
     def after_load(self, device: torch.device) -> None:
         """The loaded tensors' memory goes, their shapes stay."""
         if self.format is not None:
             stored = {name: getattr(self, name) for name in self.format.names}
-            self.linear = QuantizedLinear(self.format.read(stored))
+            self.linear = quantized_linear(self.format.read(stored))
         elif self.scheme is not None:
-            self.linear = QuantizedLinear(self.quantized(self.scheme))
+            self.linear = quantized_linear(self.quantized(self.scheme))
         elif packed.can_pack(self.weight):
             self.linear = PackedLinear(self.weight)
         else:

@@ -12,6 +12,8 @@ import torch
 
 from mmdist.config import REPOSITORY, UserError
 from mmdist.models.base import Model
+from mmdist.models.quantized import linears
+from mmdist.quant import WeightFormat
 from mmdist.tp import TP
 
 
@@ -45,7 +47,7 @@ def load_model_config(family: type[Model], folder: Path) -> Any:
     return family.config_class.from_pretrained(folder)
 
 
-def build_model(family: type[Model], config: Any, tp: TP, dtype: torch.dtype) -> Model:
+def build_model(family: type[Model], config: Any, tp: TP, dtype: torch.dtype = torch.float32) -> Model:
     """The model of one rank on `meta`: shapes, no memory."""
     check_world_size(family, config, tp.size)
     with torch.device("meta"):
@@ -53,24 +55,28 @@ def build_model(family: type[Model], config: Any, tp: TP, dtype: torch.dtype) ->
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def legal_world_sizes(family: type[Model], config: Any) -> list[int]:
-    """Every size that one layer can be cut into, found by asking the layer."""
-    return [size for size in range(1, family.num_heads(config) + 1) if fits(family, config, size)]
+def legal_world_sizes(family: type[Model], config: Any, format: WeightFormat | None = None) -> list[int]:
+    """Every size that one layer, its weights held in `format`, can be cut into; found by asking the layer."""
+    return [size for size in range(1, family.num_heads(config) + 1) if not refusal(family, config, size, format)]
 
 
-def fits(family: type[Model], config: Any, size: int) -> bool:
+def refusal(family: type[Model], config: Any, size: int, format: WeightFormat | None) -> str:
+    """Why a layer cannot be cut for `size` ranks; empty when it can."""
     try:
         with torch.device("meta"):
-            family.build_layer(config, TP(0, size))
+            layer = family.build_layer(config, TP(0, size))
     except UserError:
-        return False
-    return True
+        return f"{family.describe_layer(config)} cannot be cut into {size} equal parts"
+    try:
+        if format is not None:
+            for _, module in linears(layer):
+                module.store_as(format)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
-def check_world_size(family: type[Model], config: Any, size: int) -> None:
-    if not fits(family, config, size):
-        legal = ", ".join(map(str, legal_world_sizes(family, config)))
-        raise UserError(
-            f"world_size={size}: {family.describe_layer(config)} cannot be cut into {size} equal parts; "
-            f"legal sizes: {legal}"
-        )
+def check_world_size(family: type[Model], config: Any, size: int, format: WeightFormat | None = None) -> None:
+    if reason := refusal(family, config, size, format):
+        legal = ", ".join(map(str, legal_world_sizes(family, config, format)))
+        raise UserError(f"world_size={size}: {reason}; legal sizes: {legal or 'none'}")
