@@ -213,7 +213,7 @@ def test_plan_says_no(mistral: Case, monkeypatch: Any, capsys: Any) -> None:
 def test_what_does_not_fit_is_refused_before_loading(mistral: Case) -> None:
     config = config_for(mistral.checkpoint)
     config.hardware.memory_gib = 0.001
-    with pytest.raises(UserError, match=r"engine.max_num_seqs=4 or engine.max_model_len=512"):
+    with pytest.raises(UserError, match=r"engine.max_num_seqs=4 or engine.max_model_len, or use more ranks"):
         load_engine(config, TP(0, 2), CPU)
 
 
