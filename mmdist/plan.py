@@ -22,19 +22,25 @@ class Piece:
 
     size: rows in the checkpoint. name: the module name a checkpoint gives it when stored apart. copies: neighbouring
     ranks that hold the same part (fewer KV heads than ranks). padded: rows after padding with zeros (a vocabulary).
+    whole: stored apart, but not cut.
     """
 
     size: int
     name: str | None = None
     copies: int = 1
     padded: int = 0
+    whole: bool = False
 
     def local_size(self, tp: TP) -> int:
         """Rows one rank holds, padding included."""
+        if self.whole:
+            return self.size
         return (self.padded or self.size) // (tp.size // self.copies)
 
     def local_range(self, tp: TP) -> tuple[int, int]:
         """The rows of the checkpoint this rank holds, without padding."""
+        if self.whole:
+            return 0, self.size
         rows = self.local_size(tp)
         start = (tp.rank // self.copies) * rows
         return min(start, self.size), min(start + rows, self.size)
@@ -80,7 +86,7 @@ class Placement:
     def kind(self) -> str:
         if self.rank_zero_only:
             return "rank0"
-        if self.dim is None:
+        if self.dim is None or all(piece.whole for piece in self.pieces):
             return "replicated"
         return "copied" if any(piece.copies > 1 for piece in self.pieces) else "cut"
 

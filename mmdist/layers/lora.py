@@ -19,7 +19,7 @@ class LoRAColumnParallelLinear(ColumnParallelLinear):
     def __init__(self, in_features: int, pieces: Sequence[Piece], tp: TP, *, rank: int, bias: bool = False):
         super().__init__(in_features, pieces, tp, bias=bias)
         self.rank = rank
-        self.inner_pieces = tuple(Piece(rank, piece.name, copies=tp.size) for piece in self.pieces)
+        self.inner_pieces = tuple(Piece(rank, piece.name, whole=True) for piece in self.pieces)
         self.lora_a = nn.Parameter(torch.empty(rank * len(self.pieces), in_features))
         self.lora_b = nn.Parameter(torch.empty(sum(self.local_sizes), rank))
 
