@@ -24,6 +24,8 @@ VOCABULARY, ANSWERS = "vocab.txt", "answer2label.txt"
 
 
 class VlmoProcessor(Processor):
+    single_turn = True
+
     def __init__(self, folder: Path, config: Any):
         self.image_size = config.image_size
         self.tokenizer = load_tokenizer(folder / VOCABULARY, config)
@@ -32,14 +34,13 @@ class VlmoProcessor(Processor):
     def prompt(
         self, *, images: Sequence[Any] = (), messages: list[dict] | None = None, text: str | None = None
     ) -> Prompt:
-        """Of messages, the last is the question and its picture the last one shown: VLMo has no memory of a chat."""
         if messages is not None:
-            text = last_question(messages)
-        elif len(images) > 1:
+            text = find_question(messages)
+        if len(images) > 1:
             raise UserError(f"VLMo looks at one picture, {len(images)} are given")
         prompt = self.text(text) if text is not None else Prompt([])
         if images:
-            prompt.vision = {"pixel_values": self.pixel_values(images[-1])}
+            prompt.vision = {"pixel_values": self.pixel_values(images[0])}
         return prompt
 
     def text(self, text: str) -> Prompt:
@@ -57,14 +58,11 @@ class VlmoProcessor(Processor):
         return ", ".join(self.answers[label] for label in token_ids)
 
 
-def last_question(messages: list[dict]) -> str:
-    message = messages[-1] if messages else {}
-    if message.get("role") != "user" or any(other["role"] == "system" for other in messages):
-        raise UserError("VLMo answers the question of a user; the last message must be one, and none a system's")
-    pictures = sum(part["type"] == "image" for part in message["content"])
-    if pictures > 1:
-        raise UserError(f"VLMo looks at one picture, {pictures} are in the message")
-    return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
+def find_question(messages: list[dict]) -> str:
+    roles = [message["role"] for message in messages]
+    if roles != ["user"]:
+        raise UserError(f"VLMo answers single questions: give one message of a user, not {', '.join(roles) or 'none'}")
+    return " ".join(part["text"] for part in messages[0]["content"] if part["type"] == "text")
 
 
 def load_tokenizer(path: Path, config: Any) -> BertWordPieceTokenizer:
