@@ -16,6 +16,7 @@ from mmdist.kernels import plain
 from mmdist.layers.attention import Attention, Context
 from mmdist.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from mmdist.layers.linear import ColumnParallelLinear, RowParallelLinear
+from mmdist.layers.lora import add_lora
 from mmdist.layers.mlp import GatedMLP
 from mmdist.plan import Piece, shard_plan
 from mmdist.tp import TP
@@ -60,11 +61,21 @@ LAYERS: dict[str, tuple[Callable[[TP], nn.Module], Callable[[nn.Module], torch.T
     "attention_bias": (lambda tp: Attention(12, 8, 8, 4, tp, layer=0, bias=True), lambda layer: attend(layer)),
     "grouped": (lambda tp: Attention(12, 8, 2, 4, tp, layer=0, bias=True), lambda layer: attend(layer)),
     "one_kv_head": (lambda tp: Attention(12, 8, 1, 4, tp, layer=0), lambda layer: attend(layer)),
+    "mlp_lora": (lambda tp: with_lora(GatedMLP(12, 16, "silu", tp, bias=True), tp), lambda layer: layer(inputs(5, 12))),
+    "grouped_lora": (
+        lambda tp: with_lora(Attention(12, 8, 2, 4, tp, layer=0, bias=True), tp),
+        lambda layer: attend(layer),
+    ),
     "embedding_padded": (lambda tp: VocabParallelEmbedding(13, 6, tp), lambda layer: layer(torch.arange(13))),
     "lm_head_padded": (lambda tp: ParallelLMHead(13, 6, tp), lambda layer: layer(inputs(3, 6))),
     "row_bias": (lambda tp: RowOnly(tp), lambda layer: layer(inputs(3, 16))),
     "fused_in_one_tensor": (lambda tp: FusedInOneTensor(tp), lambda layer: layer(inputs(3, 6))),
 }
+
+
+def with_lora(layer: nn.Module, tp: TP) -> nn.Module:
+    add_lora(layer, 3, tp)
+    return layer
 
 
 class RowOnly(nn.Module):
