@@ -19,7 +19,8 @@ from split_cases import one_line
 from mmdist.config import Config, EngineConfig, ModelConfig, SamplingParams, UserError
 from mmdist.engine.engine import Engine
 from mmdist.engine.load import load_engine
-from mmdist.models.llama_adapter_processor import MEAN, STD, alpaca_prompt, clip_pixels
+from mmdist.models.llama_adapter_processor import alpaca_prompt, clip_pixels
+from mmdist.models.original import MEAN, STD
 from mmdist.tasks import chat
 from mmdist.tasks.media import load_image
 from mmdist.tasks.requests import build_request

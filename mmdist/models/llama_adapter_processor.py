@@ -10,17 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import sentencepiece
 import torch
 from PIL import Image
+from sentencepiece import SentencePieceProcessor
 
 from mmdist.config import UserError
 from mmdist.models.base import Processor, Prompt
-
-TOKENIZER = "tokenizer.model"
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+from mmdist.models.original import TOKENIZER, load_pieces, to_pixels
 
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -70,13 +66,8 @@ def alpaca_prompt(messages: list[dict]) -> str:
     return PROMPT_WITH_INPUT.format_map({"instruction": texts[0], "input": texts[1]})
 
 
-def load_tokenizer(path: Path, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
-    if not path.exists():
-        raise UserError(f"{path}: no such file; LLaMA-Adapter needs LLaMA's tokenizer.model beside its weights")
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"{path}: truncated, or no sentencepiece model; copy it again") from error
+def load_tokenizer(path: Path, vocab_size: int) -> SentencePieceProcessor:
+    tokenizer = load_pieces(path)
     if tokenizer.vocab_size() != vocab_size:
         raise UserError(f"{path}: {tokenizer.vocab_size()} pieces, the model has {vocab_size}; it is another model's")
     return tokenizer
@@ -88,7 +79,4 @@ def clip_pixels(image: Image.Image, size: int) -> torch.Tensor:
     width, height = (int(size * length / short) for length in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     scaled = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    tile = np.array(scaled.crop((left, top, left + size, top + size)))
-    pixels = torch.from_numpy(tile).permute(2, 0, 1).float() / 255
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return ((pixels - mean) / std)[None]
+    return to_pixels(scaled.crop((left, top, left + size, top + size)))[None]

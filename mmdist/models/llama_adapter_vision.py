@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmdist.models.vision import ClipTower
+from mmdist.models.vision import MLP, ClipTower
 
 NORM_EPS = 1e-5
 
@@ -28,16 +28,6 @@ class BlockAttention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class BlockMLP(nn.Module):
-    def __init__(self, width: int, inner: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, inner)
-        self.fc2 = nn.Linear(inner, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class VisualBlock(nn.Module):
     """timm's transformer block: (batch, tokens, width) -> the same."""
 
@@ -46,7 +36,7 @@ class VisualBlock(nn.Module):
         self.norm1 = nn.LayerNorm(config.v_embed_dim, NORM_EPS)
         self.attn = BlockAttention(config.v_embed_dim, config.v_num_heads)
         self.norm2 = nn.LayerNorm(config.v_embed_dim, NORM_EPS)
-        self.mlp = BlockMLP(config.v_embed_dim, config.v_intermediate_size)
+        self.mlp = MLP(config.v_embed_dim, config.v_intermediate_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attn(self.norm1(x))

@@ -12,18 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import sentencepiece
 import torch
 from PIL import Image
+from sentencepiece import SentencePieceProcessor
 
 from mmdist.config import UserError
 from mmdist.models.base import Processor, Prompt
 from mmdist.models.hub import check_placeholders
+from mmdist.models.original import TOKENIZER, load_pieces, to_pixels
 
-TOKENIZER = "tokenizer.model"
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
-STD = (0.26862954, 0.26130258, 0.27577711)
 PLACEHOLDER = "<ImageHere>"
 PICTURE = f"<Img>{PLACEHOLDER}</Img>"
 IMAGE_TOKEN_ID = 0  # what stands where a picture's rows go; upstream has no token for it
@@ -101,7 +98,7 @@ class MiniGPT4Processor(Processor):
         for segment in rest:
             positions += range(len(token_ids), len(token_ids) + self.config.tokens_per_image)
             token_ids += [IMAGE_TOKEN_ID] * self.config.tokens_per_image + segment
-        pixels = [clip_pixels(image, self.config.image_size) for image in images]
+        pixels = [squash(image, self.config.image_size) for image in images]
         return Prompt(token_ids, positions, {"pixel_values": torch.stack(pixels)} if pixels else {})
 
     def encode(self, text: str) -> list[int]:
@@ -115,22 +112,14 @@ class MiniGPT4Processor(Processor):
         return self.tokenizer.decode([token_id for token_id in token_ids if token_id in known])
 
 
-def load_tokenizer(path: Path, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
+def load_tokenizer(path: Path, vocab_size: int) -> SentencePieceProcessor:
     """vocab_size: of the model, which may have a few more (Vicuna v0 has [PAD])."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file; MiniGPT-4 needs its Llama's tokenizer.model beside its weights")
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"{path}: truncated, or no sentencepiece model; copy it again") from error
+    tokenizer = load_pieces(path)
     if tokenizer.vocab_size() > vocab_size:
         raise UserError(f"{path}: {tokenizer.vocab_size()} pieces, the model has {vocab_size}; it is another model's")
     return tokenizer
 
 
-def clip_pixels(image: Image.Image, size: int) -> torch.Tensor:
+def squash(image: Image.Image, size: int) -> torch.Tensor:
     """-> (3, size, size): both edges become `size`, whatever the picture's shape."""
-    small = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return (pixels - mean) / std
+    return to_pixels(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))

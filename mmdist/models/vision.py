@@ -1,10 +1,11 @@
-"""Vision towers of transformers, run as far as a model looks at them."""
+"""Vision towers of transformers, run as far as a model looks at them, and parts that several encoders share."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers  # classes are looked up when used: importing them here would triple the start-up time
 from torch import nn
 
@@ -35,6 +36,18 @@ class ClipTower(nn.Module):
         for layer in self.model.encoder.layers[: max(wanted)]:
             states.append(layer(states[-1], attention_mask=None))
         return torch.cat([states[i] for i in wanted], dim=-1)
+
+
+class MLP(nn.Module):
+    """The feed-forward block of a vision transformer, with exact GELU."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Projector(nn.Module):

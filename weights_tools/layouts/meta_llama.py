@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import torch
 
 from mmdist.config import UserError
+from mmdist.models.original import TOKENIZER, load_pieces
 from weights_tools.layouts.source import Deferred, Source, Stored, Tensors
 
 # Meta's name -> (ours, its shape, the dim along which model-parallel files have it cut; None: each has the whole)
@@ -78,7 +78,7 @@ def find_parts(folder: Path) -> list[Path]:
 
 def find_tokenizer(folder: Path) -> Path:
     """Beside the weights, or in the folder above, where Meta's download puts it."""
-    for path in (folder / "tokenizer.model", folder.parent / "tokenizer.model"):
+    for path in (folder / TOKENIZER, folder.parent / TOKENIZER):
         if path.exists():
             return path
     raise UserError(f"{folder}: no tokenizer.model in it or in {folder.parent}; copy it there")
@@ -125,13 +125,6 @@ def read_params(source: Source, folder: Path, tokenizer: Path) -> dict[str, Any]
         "bos_token_id": pieces.bos_id(),
         "eos_token_id": pieces.eos_id(),
     }
-
-
-def load_pieces(tokenizer: Path) -> sentencepiece.SentencePieceProcessor:
-    try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"{tokenizer}: truncated, or no sentencepiece model; copy it again") from error
 
 
 def intermediate_size(params: dict[str, Any]) -> int:

@@ -1,0 +1,32 @@
+"""What the families with original layouts share: Llama's sentencepiece file, and pictures as numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+from PIL import Image
+
+from mmdist.config import UserError
+
+TOKENIZER = "tokenizer.model"
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of red, green and blue
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def load_pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
+    if not path.exists():
+        raise UserError(f"{path}: no such file; copy Llama's {TOKENIZER} there")
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{path}: truncated, or no sentencepiece model; copy it again") from error
+
+
+def to_pixels(image: Image.Image) -> torch.Tensor:
+    """RGB -> (3, height, width), normalised as CLIP's."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return (pixels - mean) / std
