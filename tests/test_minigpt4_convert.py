@@ -225,7 +225,10 @@ def test_a_later_vicuna_under_a_v0_projection(original: Path, tmp_path: Path, ca
         edit(path, lambda state: {name: x[:400] if len(x) == 401 else x for name, x in state.items()})
     edit_json(original / LANGUAGE / "config.json", vocab_size=400)
     line = refusal(original, capsys)
-    assert "trained with Vicuna v0, with [PAD] behind the tokenizer's pieces; weights_language is without it" in line
+    assert (
+        "trained with Vicuna v0, which has [PAD] behind its tokenizer's pieces; the model in weights_language has not"
+        in line
+    )
     assert "--set language=any" in line
     assert convert(original, tmp_path / "plain", "language=any") == 0
 
@@ -233,4 +236,4 @@ def test_a_later_vicuna_under_a_v0_projection(original: Path, tmp_path: Path, ca
 def test_vicuna_v0_under_a_llama_2_projection(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     original = Path(shutil.copytree(GOLDEN / "minigpt4_llama2" / "checkpoint", tmp_path / "original"))
     edit_json(original / LANGUAGE / "config.json", vocab_size=401)
-    assert "trained with Llama 2, without [PAD]" in refusal(original, capsys)
+    assert "trained with Llama 2, which has not [PAD]" in refusal(original, capsys)

@@ -93,11 +93,15 @@ def read(source: Source) -> Converted:
     qformer = read_qformer(source) if has_qformer else Part({}, {}, [])
     check_width(projection.path, weight.shape[1], eva.config, qformer.config)
     language = read_language(source, LLAMA_1_LENGTH if has_qformer else LLAMA_2_LENGTH)
-    check_language(source, projection.path, weight, language, has_qformer=has_qformer)
-    text_config = {"text_config": language.text_config}
-    head = {"model_type": "minigpt4", "has_qformer": has_qformer}
+    check_language(source, projection.path, weight, language, has_qformer)
     return Converted(
-        config=head | eva.config | qformer.config | text_config,
+        config={
+            "model_type": "minigpt4",
+            "has_qformer": has_qformer,
+            **eva.config,
+            **qformer.config,
+            "text_config": language.text_config,
+        },
         tensors={
             **eva.tensors,
             **qformer.tensors,
@@ -245,9 +249,7 @@ def check_width(path: Path, width: int, eva: dict[str, Any], qformer: dict[str, 
         raise UserError(f"{patches} patches cannot be joined by {JOINED_PATCHES}; choose another --set image_size")
 
 
-def check_language(
-    source: Source, path: Path, weight: torch.Tensor, language: Language, *, has_qformer: bool
-) -> None:  # fmt: skip
+def check_language(source: Source, path: Path, weight: torch.Tensor, language: Language, has_qformer: bool) -> None:
     """Is it the Llama that the projection was trained with, as far as files can tell?"""
     hidden_size = language.text_config.get("hidden_size")
     if len(weight) != hidden_size:
@@ -258,11 +260,11 @@ def check_language(
     choice = source.settings.get("language")
     if choice not in (None, "any"):
         raise UserError(f"--set language={choice}: expected any")
-    trained, found = ("with", "without") if has_qformer else ("without", "with")
     if choice is None and is_vicuna_v0(language) != has_qformer:
+        wanted, found = ("Vicuna v0, which has", "has not") if has_qformer else ("Llama 2, which has not", "has")
         raise UserError(
-            f"{path}: trained with {'Vicuna v0' if has_qformer else 'Llama 2'}, {trained} {PAD} behind the tokenizer's "
-            f"pieces; {LANGUAGE} is {found} it; take that model, or add --set language=any"
+            f"{path}: trained with {wanted} {PAD} behind its tokenizer's pieces; the model in {LANGUAGE} {found}; "
+            "take the right one, or add --set language=any"
         )
 
 
