@@ -12,6 +12,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
+KV_CACHE_DTYPES = ("auto", "int8")
 QUANT_SCHEMES = ("auto", "none", "w8a16", "w4a16")
 FREE_TEXT_KEYS = (
     "prompt",
@@ -116,6 +117,9 @@ class EngineConfig:
         8, "most pictures remembered at once, in families whose layers look at them (mllama, llama_adapter)"
     )
     max_num_batched_tokens: int = key(2048, "most tokens in one step; longer prompts are prefilled in chunks")
+    kv_cache_dtype: str = key(
+        "auto", "auto (as the weights) or int8 (a scale for each token and head; half the memory, less exact)"
+    )
     block_size: int = key(16, "tokens in one block of the paged KV cache")
     num_blocks: int | None = key(
         None, "blocks of the KV cache; default: max_num_seqs times max_model_len; fewer means preemption"
@@ -132,6 +136,12 @@ class EngineConfig:
         ):
             value = getattr(self, name)
             require(value is None or value > 0, f"engine.{name}", value, "a whole number above 0")
+        require(
+            self.kv_cache_dtype in KV_CACHE_DTYPES,
+            "engine.kv_cache_dtype",
+            self.kv_cache_dtype,
+            "|".join(KV_CACHE_DTYPES),
+        )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise UserError(
                 f"engine.max_num_batched_tokens={self.max_num_batched_tokens} is below engine.max_num_seqs="

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmdist.config import EngineConfig, UserError
 from mmdist.engine.batch import Batch
+from mmdist.engine.pages import PAGES, Int8Pages, Pages, vector_bytes
 from mmdist.kernels import plain
 from mmdist.models.base import MultimodalModel
 
@@ -25,10 +26,11 @@ class CacheShape:
     block_size: int
     num_kv_heads: int
     head_dim: int
+    kv_cache_dtype: str
 
     def bytes(self, dtype: torch.dtype) -> int:
-        slots = self.num_blocks * self.block_size
-        return 2 * self.num_layers * slots * self.num_kv_heads * self.head_dim * dtype.itemsize
+        vectors = 2 * self.num_layers * self.num_blocks * self.block_size * self.num_kv_heads
+        return vectors * vector_bytes(self.kv_cache_dtype, self.head_dim, dtype)
 
 
 def cache_shape(model: MultimodalModel, config: EngineConfig) -> CacheShape:
@@ -45,7 +47,13 @@ def cache_shape(model: MultimodalModel, config: EngineConfig) -> CacheShape:
             f"{max_model_len} tokens; it takes {per_request}, or lower engine.max_model_len"
         )
     return CacheShape(
-        max_model_len, model.num_cached_layers, num_blocks, config.block_size, model.num_kv_heads, model.head_dim
+        max_model_len=max_model_len,
+        num_layers=model.num_cached_layers,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        kv_cache_dtype=config.kv_cache_dtype,
     )
 
 
@@ -53,10 +61,10 @@ class PagedCache:
     """Keys and values of every layer in slots; slot = block * block_size + place in the block."""
 
     def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device):
-        self.block_size = shape.block_size
+        self.block_size, self.dtype, self.device = shape.block_size, dtype, device
         size = (shape.num_layers, shape.num_blocks * shape.block_size, shape.num_kv_heads, shape.head_dim)
-        self.k = torch.empty(size, dtype=dtype, device=device)
-        self.v = torch.empty(size, dtype=dtype, device=device)
+        pages = PAGES[shape.kv_cache_dtype]
+        self.k, self.v = pages(size, dtype, device), pages(size, dtype, device)
 
     def slots(self, block_table: list[int], num_tokens: int) -> torch.Tensor:
         """(num_tokens,) slots of a sequence's tokens."""
@@ -69,7 +77,7 @@ class StepCache:
 
     def __init__(self, cache: PagedCache, batch: Batch):
         self.cache = cache
-        device = cache.k.device
+        device = cache.device
         tables = zip(batch.block_tables, batch.context_lens, strict=True)
         slots = [cache.slots(table, context_len) for table, context_len in tables]
         new = [s[len(s) - query_len :] for s, query_len in zip(slots, batch.query_lens, strict=True)]
@@ -87,26 +95,25 @@ class StepCache:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, window: int | None
     ) -> torch.Tensor:
         """Store k, v (tokens, kv_heads, head_dim), then attend with q (tokens, heads, head_dim) -> q's shape."""
-        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-        k_cache.index_copy_(0, self.new_slots, k)
-        v_cache.index_copy_(0, self.new_slots, v)
+        k, v = self.cache.k.write(layer, self.new_slots, k), self.cache.v.write(layer, self.new_slots, v)
         out, row = [], self.num_decodes
         if self.num_decodes:
-            keys, values = self.gather(k_cache), self.gather(v_cache)
+            keys, values = self.gather(self.cache.k, layer), self.gather(self.cache.v, layer)
             out.append(plain.decode_attention(q[:row], keys, values, self.mask(window), scale=scale))
         for query_len, slots in zip(self.query_lens, self.prefill_slots, strict=True):
             rows = slice(row, row + query_len)
             fresh = query_len == len(slots)  # the whole context is in this step: no need to read it back
-            keys, values = (k[rows], v[rows]) if fresh else (k_cache[slots], v_cache[slots])
+            keys = k[rows] if fresh else self.cache.k.read(layer, slots)
+            values = v[rows] if fresh else self.cache.v.read(layer, slots)
             out.append(plain.prefill_attention(q[rows], keys, values, scale=scale, window=window))
             row += query_len
         return out[0] if len(out) == 1 else torch.cat(out)
 
-    def gather(self, cache: torch.Tensor) -> torch.Tensor:
-        """(slots, kv_heads, head_dim) -> (decodes, longest context, kv_heads, head_dim)."""
+    def gather(self, pages: Pages | Int8Pages, layer: int) -> torch.Tensor:
+        """-> (decodes, longest context, kv_heads, head_dim)."""
         if self.run is not None:
-            return cache[self.run[0] : self.run[1]][None]
-        return cache.index_select(0, self.decode_slots.flatten()).view(*self.decode_slots.shape, *cache.shape[1:])
+            return pages.read(layer, slice(*self.run))[None]
+        return pages.read(layer, self.decode_slots.flatten()).unflatten(0, self.decode_slots.shape)
 
     def mask(self, window: int | None) -> torch.Tensor | None:
         """(decodes, 1, 1, longest context) bool, or None where every sequence sees all of it."""
@@ -114,7 +121,7 @@ class StepCache:
             lens = self.context_lens[:, None]
             places = torch.arange(int(lens.max()))
             seen = places < lens if window is None else (places < lens) & (places >= lens - window)
-            self.masks[window] = None if seen.all() else seen[:, None, None].to(self.cache.k.device)
+            self.masks[window] = None if seen.all() else seen[:, None, None].to(self.cache.device)
         return self.masks[window]
 
 

@@ -51,16 +51,19 @@ class Runner:
         """Forget what no running request needs; rank 0's encoded pictures of new ones to all."""
         self.memories = {name: kept for name, kept in self.memories.items() if name in batch.kept_memories}
         for i, new in enumerate(batch.new_memories):
-            rows = encoded[i] if self.tp.rank == 0 else self.cache.k.new_empty(new.shape)
+            rows = (
+                encoded[i] if self.tp.rank == 0 else torch.empty(new.shape, dtype=self.cache.dtype, device=self.device)
+            )
             self.memories[new.id] = self.model.remember(self.tp.broadcast(rows), new.memory)
 
     def share_image_embeds(self, num_rows: int, image_embeds: Sequence[torch.Tensor]) -> torch.Tensor:
         """Rank 0's (rows, hidden) image embeddings to all."""
-        embeds = (
-            torch.cat(list(image_embeds)) if image_embeds else self.cache.k.new_empty(num_rows, self.model.hidden_size)
-        )
+        embeds = torch.cat(list(image_embeds)) if image_embeds else self.no_embeds(num_rows)
         assert len(embeds) == num_rows or self.tp.rank > 0, f"{len(embeds)} image rows for {num_rows} image tokens"
         return self.tp.broadcast(embeds) if num_rows else embeds
+
+    def no_embeds(self, num_rows: int) -> torch.Tensor:
+        return torch.empty(num_rows, self.model.hidden_size, dtype=self.cache.dtype, device=self.device)
 
     def to_device(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)

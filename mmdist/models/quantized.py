@@ -55,8 +55,8 @@ def check_plain(model: nn.Module, plan: Plan, checkpoint: Checkpoint) -> None:
         stored = checkpoint.dtype(placement.name)
         if params[placement.param].is_floating_point() and not stored.is_floating_point:
             raise UserError(
-                f"{checkpoint.files[placement.name]}: {checkpoint.names[placement.name]} is {stored}, without scales and "
-                "description; quantise the plain checkpoint with: weights_tools quantize"
+                f"{checkpoint.files[placement.name]}: {checkpoint.names[placement.name]} is {stored}, without scales "
+                "and description; quantise the plain checkpoint with: weights_tools quantize"
             )
 
 
