@@ -21,7 +21,7 @@ class Pages:
 
     def read(self, layer: int, slots: torch.Tensor | slice) -> torch.Tensor:
         """(slots, kv_heads, head_dim); a run of slots comes without a copy."""
-        return self.values[layer][slots]
+        return take(self.values[layer], slots)
 
 
 class Int8Pages:
@@ -42,7 +42,11 @@ class Int8Pages:
         return (values * scale).to(self.dtype)
 
     def read(self, layer: int, slots: torch.Tensor | slice) -> torch.Tensor:
-        return (self.values[layer][slots] * self.scales[layer][slots]).to(self.dtype)
+        return (take(self.values[layer], slots) * take(self.scales[layer], slots)).to(self.dtype)
+
+
+def take(stored: torch.Tensor, slots: torch.Tensor | slice) -> torch.Tensor:
+    return stored[slots] if isinstance(slots, slice) else stored.index_select(0, slots)
 
 
 PAGES: dict[str, type[Pages] | type[Int8Pages]] = {"auto": Pages, "int8": Int8Pages}
