@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CPU, config_for
+from conftest import CPU, config_for, convert, run_engine
 from test_tasks import main, write
 from vlmo_cases import SIZES, config, golden, inputs, plain
 
-from mmdist.config import GenerateConfig, UserError
+from mmdist.config import REPOSITORY, GenerateConfig, UserError
 from mmdist.engine.load import load_engine, open_model
 from mmdist.engine.memory import rank_memory
 from mmdist.tasks import generate
@@ -41,6 +43,7 @@ def test_requests_and_answers(caplog: pytest.LogCaptureFixture) -> None:
         {"id": "blind", "prompt": "Where is the boat?"},
         {"id": "half", "question": "Where is the boat?"},
         {"id": "both", "image": column, "question": "Where?", "prompt": "Where?"},
+        {"id": "turns", "messages": [message, {"role": "assistant", "content": "here"}, message], "images": [column]},
         {"id": "two", "messages": [{**message, "content": message["content"] * 2}], "images": [column, column]},
     ]
     code, got = run_generate(plain("vlmo_vqa"), input=write(lines))
@@ -61,7 +64,8 @@ def test_requests_and_answers(caplog: pytest.LogCaptureFixture) -> None:
         "blind": "VLMo answers a question about a picture; give both",
         "half": 'a "question" has an "image" and an "image" a "question", both text',
         "both": '"question" and "image" stand alone, without "messages", "prompt", "images" or "video"',
-        "two": "VLMo looks at one picture, 2 are in the message",
+        "two": "VLMo looks at one picture, 2 are given",
+        "turns": "VLMo answers single questions: give one message of a user, not user, assistant, user",
     }
 
 
@@ -96,6 +100,22 @@ def test_pictures_and_texts_are_compared() -> None:
             np.testing.assert_allclose(scores[name], want[reference][order], rtol=0, atol=1e-4)
         np.testing.assert_allclose(scores["text_features"], want["text_cls_feats"], rtol=0, atol=1e-4)
     assert [path.name for path in Path("deep").iterdir()] == ["scores.npz"]
+
+
+def test_shipped_pairs_find_each_other(tmp_path: Path) -> None:
+    """50 held-out pictures and captions: recall at 1 in both directions, and the same matches at every world size."""
+    command = [sys.executable, str(REPOSITORY / "examples" / "shapes" / "pairs.py"), "--write", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    checkpoint = convert("vlmo", REPOSITORY / "assets" / "vlmo_retrieval-shapes", ())
+    keys = dict(vars(config_for(checkpoint, model="vlmo", max_num_seqs=25)), output="scores.npz")
+    task = GenerateConfig(**keys, images=str(tmp_path / "pictures"), texts=str(tmp_path / "texts.txt"))
+    matches = []
+    for size in SIZES:
+        assert run_engine(size, task, lambda engine: generate.run(task, engine)) == 0
+        logits = np.load("scores.npz")["logits_per_image"]
+        matches.append([logits.argmax(axis).tolist() for axis in (0, 1)])
+    assert all(found == matches[0] for found in matches)
+    assert min(np.mean(np.array(found) == np.arange(50)) for found in matches[0]) >= 0.9
 
 
 def error_line(capsys: pytest.CaptureFixture) -> str:
