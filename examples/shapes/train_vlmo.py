@@ -128,7 +128,7 @@ class Trainer:
 
     @torch.no_grad()
     def report_matches(self) -> str:
-        """Recall at 1 among 50 pairs, in both directions."""
+        """Recall at 1 among 50 pairs, in both directions; pictures of one caption count as misses of each other."""
         hits = []
         for picks in np.split(np.arange(200), 4):
             texts, images, _ = self.features(self.held_out, picks)
