@@ -20,7 +20,7 @@ from questions import Question
 from squares import CHUNK
 from world import Scene, draw, draw_labels, sample_scene, sample_size
 
-ROW_LENGTH = 120  # tokens
+ROW_LENGTH = 110  # tokens
 PREFIX = (m.BEGIN, m.START_HEADER, m.WORD_IDS["user"], m.END_HEADER, m.IMAGE)
 ANSWER = (m.END_TURN, m.START_HEADER, m.WORD_IDS["assistant"], m.END_HEADER)
 NEXT_TURN = (m.START_HEADER, m.WORD_IDS["user"], m.END_HEADER)

@@ -34,7 +34,7 @@ ROLES = ("user", "assistant", "system")
 WORD_IDS = {word: i for i, word in enumerate(("<unk>", *WORDS, *ROLES))}
 TILE, PATCH, MAX_TILES = base.TILE, base.PATCH, 4
 INDICES = [1, 2]  # inputs of these vision layers
-CROSS_LAYERS = [1, 4]
+CROSS_LAYERS = [1, 3, 5]
 NUM_VISION_LAYERS = 3
 CHAT_TEMPLATE = (
     "{{- bos_token }}{%- for message in messages %}"

@@ -35,7 +35,7 @@ WEIGHTS = {
     **{"color": 1.5, "shape": 1.0, "count": 1.5, "size": 1.5, "side": 2.0, "level": 2.0, "exists": 1.0},
     **{"caption": 2.0, "list": 1.0, "where": 1.0, "either": 2.0, "left_of": 1.5, "above": 1.5},
 }
-BATCH_SIZE = 32
+BATCH_SIZE = 24
 VISION = ("model.vision_model.", "model.multi_modal_projector.", "heads.")
 RATES = dict.fromkeys(VISION, 1e-3) | {"model.": 1.6e-3, "lm_head.": 1.6e-3}
 PATCHES = (m.TILE // m.PATCH) ** 2
@@ -131,8 +131,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--base", type=Path, default=BASE, help="the small LLaVA-NeXT to start from")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--pictures", type=int, default=12000)
-    parser.add_argument("--steps", type=int, nargs=2, default=(300, 1800), help="of the patch loss, and of answers")
+    parser.add_argument("--pictures", type=int, default=8000)
+    parser.add_argument("--steps", type=int, nargs=2, default=(300, 1500), help="of the patch loss, and of answers")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--state", type=Path, help="file that keeps the training state; goes on from it if it exists")
     return parser.parse_args()
