@@ -11,10 +11,13 @@ from omegaconf import OmegaConf
 
 from mmdist.config import REPOSITORY, UserError
 from mmdist.manifest import MANIFEST, load_manifest
-from mmdist.models.family import build_model, find_model, list_models, load_model_config
+from mmdist.models.family import build_model, check_world_size, find_model, list_models, load_model_config
+from mmdist.models.quantized import hold_as_stored
 from mmdist.plan import Plan, shard_plan
+from mmdist.quant import FOLLOWS
+from mmdist.quant_files import check_description, find_format
 from mmdist.tp import TP
-from mmdist.weights import Checkpoint
+from mmdist.weights import Checkpoint, open_checkpoint
 from weights_tools.convert import convert_demo
 from weights_tools.folder import absolute
 
@@ -65,13 +68,19 @@ def find_family(folder: Path) -> str:
 
 
 def load_plan(family: str, folder: Path, world_size: int) -> tuple[Any, Plan]:
-    """(the model's config, who holds what); refuses a size the model cannot be cut into."""
-    kind = find_model(family)
+    """(the model's config, who holds what, quantised weights as they are); refuses a size it cannot be cut into."""
+    kind, format, tp = find_model(family), find_format(folder), TP(0, world_size)
     config = load_model_config(kind, folder)
-    tp = TP(0, world_size)
-    return config, shard_plan(build_model(kind, config, tp, torch.float32), tp)
+    check_world_size(kind, config, world_size, format)
+    model = build_model(kind, config, tp, torch.float32)
+    if format is not None:
+        hold_as_stored(model, open_checkpoint(folder, kind.renames, [*kind.ignored, *FOLLOWS], tp), format, tp)
+    return config, shard_plan(model, tp)
 
 
 def open_source(family: str, folder: Path) -> Checkpoint:
+    """A folder of whole tensors; a description of quantised ones must agree with them."""
     kind = find_model(family)
-    return Checkpoint(folder, kind.renames, kind.ignored)
+    checkpoint = Checkpoint(folder, kind.renames, [*kind.ignored, *FOLLOWS])
+    check_description(folder, checkpoint.stored_dtypes())
+    return checkpoint
