@@ -107,6 +107,14 @@ class WeightFormat(ABC):
     @abstractmethod
     def write(self, weight: Quantized) -> dict[str, torch.Tensor]: ...
 
+    def weight_shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """(rows, columns) of the weight, from the shapes of what is stored."""
+        return shapes["weight"]
+
+    def following(self, name: str, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        """What FOLLOWS beside a stored tensor: none."""
+        return {}
+
     def scale_shards(self, names: Sequence[str], dim: int, pieces: Sequence[Piece]) -> dict[str, Shard]:
         """Of tensors (rows, groups): like the rows; along the columns only where there are groups of them."""
         if dim == 0:
@@ -164,6 +172,15 @@ class Compressed(WeightFormat):
         if dim == 1:
             packed = tuple(replace(piece, size=piece.size // self.values_per_word) for piece in pieces)
         return {"weight_packed": Shard(dim, packed), **self.scale_shards(("weight_scale",), dim, pieces)}
+
+    def weight_shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        rows, words = shapes["weight_packed"]
+        return rows, words * self.values_per_word
+
+    def following(self, name: str, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        if not name.endswith(".weight_packed"):
+            return {}
+        return {"weight_shape": torch.tensor(self.weight_shape({"weight_packed": shape}))}
 
     def read(self, tensors: Mapping[str, torch.Tensor]) -> Quantized:
         bits, half = self.scheme.bits, 1 << (self.scheme.bits - 1)

@@ -16,6 +16,7 @@ from mmdist.plan import shard_plan
 from mmdist.tp import TP
 from mmdist.weights import load_weights, open_checkpoint
 from weights_tools.cli import main
+from weights_tools.part_file import PartFile
 
 CASES = [
     (case, size)
@@ -76,6 +77,17 @@ def flip_byte(path: Path, name: str) -> None:
     start = 8 + int.from_bytes(raw[:8], "little")
     raw[start + json.loads(raw[8:start])[name]["data_offsets"][0]] ^= 1
     path.write_bytes(raw)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, num_writes: int, error: BaseException) -> None:
+    write, count = PartFile.write, iter(range(num_writes))
+
+    def stopping(self: PartFile, name: str, tensor: torch.Tensor) -> None:
+        if next(count, None) is None:
+            raise error
+        write(self, name, tensor)
+
+    monkeypatch.setattr(PartFile, "write", stopping)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -121,7 +121,7 @@ def test_other_folders_and_other_runs_are_left_alone(original: Path, tmp_path: P
     partial.mkdir()
     (partial / "letters.txt").write_text("dear")
     assert run(original, tmp_path / "dst", "--force") == 2
-    assert f"{partial}: in the way and not left by a convert" in one_line(capsys)
+    assert f"{partial}: in the way and not left by convert" in one_line(capsys)
     with open(partial / CONVERSION, "w") as mark:
         fcntl.flock(mark, fcntl.LOCK_EX)
         assert run(original, tmp_path / "dst") == 2

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from split_cases import Q_PROJ, contents, load, one_line, source, spoil
+from split_cases import Q_PROJ, contents, load, one_line, source, spoil, stop_after
 
 from mmdist.config import REPOSITORY, UserError
 from mmdist.manifest import part_file
@@ -23,18 +23,6 @@ from mmdist.tp import TP
 from weights_tools import split
 from weights_tools.cli import main
 from weights_tools.journal import JOURNAL
-from weights_tools.part_file import PartFile
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, num_writes: int, error: BaseException) -> None:
-    write, count = PartFile.write, iter(range(num_writes))
-
-    def stopping(self: PartFile, name: str, tensor: torch.Tensor) -> None:
-        if next(count, None) is None:
-            raise error
-        write(self, name, tensor)
-
-    monkeypatch.setattr(PartFile, "write", stopping)
 
 
 @pytest.mark.parametrize("num_writes", [0, 1, 60, 100])

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mmdist.config import UserError
-from weights_tools import convert, inspect, split, verify
+from weights_tools import convert, diff, export, inspect, split, verify
 
 # A verb is a file with add_arguments(parser) and run(args) -> exit code; its first docstring line is its help.
-VERBS = {"convert": convert, "split": split, "inspect": inspect, "verify": verify}
+VERBS = {"convert": convert, "split": split, "export": export, "inspect": inspect, "verify": verify, "diff": diff}
 
 
 class Parser(argparse.ArgumentParser):

@@ -10,7 +10,6 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from mmdist.plan import Plan, shard_plan
 from mmdist.tp import TP
 from mmdist.weights import DTYPES, INDEX, SINGLE
 from weights_tools.display import byte_bar, size_words
-from weights_tools.folder import CONVERSION, absolute, check_space, check_target, clear, lock, publish, sync_all
+from weights_tools.folder import CONVERSION, absolute, check_space, check_target, claim, publish, sync_all
 from weights_tools.layouts import find_layout, list_layouts
 from weights_tools.layouts.source import Converted, Deferred, Source, Stored, few
 from weights_tools.part_file import Layout, PartFile, build_header
@@ -115,7 +114,7 @@ class ConvertJob:
     def write(self, dst: Path, force: bool) -> None:
         partial = dst.with_name(f"{dst.name}.partial")
         check_space(partial, {file: build_header(self.layout(file))[2] for file in self.files})
-        with claim(partial, self._record()):
+        with claim(partial, "convert", self._record()):
             with byte_bar(self.num_bytes, "converting") as bar:
                 for file in self.files:
                     for size in self._write_file(partial / file):
@@ -152,9 +151,7 @@ class ConvertJob:
             else:
                 (folder / name).write_text(content)
         if len(self.files) > 1:
-            weight_map = {name: file for file, names in self.files.items() for name in names}
-            index = {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map}
-            (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+            (folder / INDEX).write_text(index_text(self.files, self.num_bytes))
         (folder / CONFIG).write_text(json.dumps(self.converted.config, indent=1) + "\n")
 
 
@@ -206,25 +203,11 @@ def group_files(tensors: Mapping[str, Stored]) -> dict[str, list[str]]:
     return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": names for n, names in enumerate(groups, 1)}
 
 
+def index_text(files: Mapping[str, list[str]], total_size: int) -> str:
+    """The index of several files. files: name -> the tensors in it."""
+    weight_map = {name: file for file, names in files.items() for name in names}
+    return json.dumps({"metadata": {"total_size": total_size}, "weight_map": weight_map}, indent=1) + "\n"
+
+
 def num_bytes(tensor: Stored) -> int:
     return tensor.shape.numel() * tensor.dtype.itemsize
-
-
-@contextmanager
-def claim(partial: Path, record: dict[str, Any]) -> Iterator[None]:
-    """The folder to write, emptied and locked by the file that marks it as ours; removed when the work fails."""
-    mark = partial / CONVERSION
-    partial.mkdir(parents=True, exist_ok=True)
-    if any(partial.iterdir()) and not mark.exists():
-        raise UserError(f"{partial}: in the way and not left by a convert; move it, or choose another --dst")
-    with open(mark, "a", encoding="utf-8") as file:
-        lock(file, mark, "convert")
-        clear(partial, keep=mark.name)
-        file.truncate(0)
-        file.write(json.dumps(record, indent=1) + "\n")
-        file.flush()
-        try:
-            yield
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from mmdist.config import UserError
 from mmdist.manifest import MANIFEST
 from weights_tools.display import size_words
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
-CONVERSION = "conversion.json"
+CONVERSION, EXPORT = "conversion.json", "export.json"
 # Verb -> the file by which a folder it made is known.
-MARKS = {"split": MANIFEST, "convert": CONVERSION}
+MARKS = {"split": MANIFEST, "convert": CONVERSION, "export": EXPORT}
+
+
+def mark(folder: Path, verb: str) -> Path:
+    return folder / MARKS[verb]
 
 
 def absolute(path: str) -> Path:
@@ -27,7 +33,7 @@ def absolute(path: str) -> Path:
 def check_target(dst: Path, force: bool, verb: str) -> None:
     if not dst.exists():
         return
-    made_by_verb = (dst / MARKS[verb]).exists()
+    made_by_verb = mark(dst, verb).exists()
     if not force:
         hint = "choose another --dst" + (", or --force to replace it" if made_by_verb else "")
         raise UserError(f"{dst}: is there already; {hint}")
@@ -54,6 +60,26 @@ def clear(folder: Path, keep: str) -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+@contextmanager
+def claim(partial: Path, verb: str, record: dict[str, Any]) -> Iterator[None]:
+    """The folder to write, emptied and locked by the file that marks it as ours; removed when the work fails."""
+    path = mark(partial, verb)
+    partial.mkdir(parents=True, exist_ok=True)
+    if any(partial.iterdir()) and not path.exists():
+        raise UserError(f"{partial}: in the way and not left by {verb}; move it, or choose another --dst")
+    with open(path, "a", encoding="utf-8") as file:
+        lock(file, path, verb)
+        clear(partial, keep=path.name)
+        file.truncate(0)
+        file.write(json.dumps(record, indent=1) + "\n")
+        file.flush()
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
 def check_space(partial: Path, sizes: dict[str, int]) -> None:
     partial.parent.mkdir(parents=True, exist_ok=True)
     there = sum(path.stat().st_blocks * 512 for path in partial.glob("*.safetensors"))
@@ -73,7 +99,7 @@ def copy_other_files(src: Path, dst: Path) -> None:
 def other_files(folder: Path) -> list[Path]:
     def wanted(path: Path) -> bool:
         weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-        return path.is_file() and not weights and not path.name.startswith(".") and path.name != CONVERSION
+        return path.is_file() and not weights and not path.name.startswith(".") and path.name not in MARKS.values()
 
     return sorted(path for path in folder.iterdir() if wanted(path))
 

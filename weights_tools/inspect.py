@@ -15,7 +15,7 @@ from mmdist.models.family import find_model, legal_world_sizes
 from mmdist.plan import Plan
 from mmdist.tp import TP
 from mmdist.weights import Checkpoint
-from weights_tools.display import size_words
+from weights_tools.display import show_table, size_words
 from weights_tools.folder import absolute
 from weights_tools.source import find_family, load_plan, open_source
 from weights_tools.split import whole_number
@@ -168,9 +168,7 @@ def show_groups(groups: list[dict[str, Any]], *, with_placement: bool) -> None:
         rows.append((group["name"], *map(str, cells), f"{group['placement']}{along}"))
     if not with_placement:
         rows = [row[:-1] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    show_table(rows)
 
 
 def show_ranks(facts: dict[str, Any]) -> None:
