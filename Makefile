@@ -3,7 +3,7 @@ PYTHON ?= python3
 MODEL ?= llava_next
 BIN := .venv/bin
 
-.PHONY: demo test check format shapes
+.PHONY: demo test check format shapes pairs
 demo: .venv/installed
 	$(BIN)/python launch.py model=$(MODEL)
 
@@ -18,6 +18,14 @@ shapes: .venv/installed
 	$(BIN)/python launch.py task=generate model=$(MODEL) world_size=2 max_new_tokens=40 \
 		input=$(SHAPES)/requests.jsonl output=$(SHAPES)/answers.jsonl
 	$(BIN)/python examples/shapes/evaluate.py --family $(MODEL) --score $(SHAPES)/answers.jsonl
+
+# VLMo's retrieval: 50 pictures found by their captions, and captions by their pictures.
+pairs: .venv/installed
+	$(BIN)/python examples/shapes/pairs.py --write build/pairs
+	$(BIN)/weights_tools convert vlmo --force --src assets/vlmo_retrieval-shapes --dst build/vlmo_retrieval-shapes
+	$(BIN)/python launch.py task=generate model=vlmo checkpoint=build/vlmo_retrieval-shapes \
+		images=build/pairs/pictures texts=build/pairs/texts.txt output=build/pairs/scores.npz
+	$(BIN)/python examples/shapes/pairs.py --score build/pairs/scores.npz
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
