@@ -94,4 +94,5 @@ FAMILIES = {
     "llava_next_video": Family(tuple(CLIP_KINDS), ("square",), request=video_request),
     "mllama": Family(BASIC, ("normal", "odd")),
     "vlmo": Family(CLOSED, ("normal", "odd"), request=classifier_request, answer_key="answer"),
+    "llama_adapter": Family((*BASIC, "list"), ("square",)),
 }
