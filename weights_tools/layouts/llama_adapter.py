@@ -121,7 +121,9 @@ def check_switches(adapter: Tensors, config: dict[str, Any]) -> None:
     """The adapter file says itself what is in it; refuse one whose tensors say otherwise."""
     switches = adapter.beside.pop("config", {})
     if not isinstance(switches, dict):
-        raise UserError(f"{adapter.path}: config is a {type(switches).__name__}, expected names and values; copy it again")
+        raise UserError(
+            f"{adapter.path}: config is a {type(switches).__name__}, expected names and values; copy it again"
+        )
     found = {"w_bias": config["text_config"]["attention_bias"], "w_lora": config["lora_rank"] is not None}
     if config["lora_rank"] is not None:
         found["lora_rank"] = config["lora_rank"]
