@@ -46,7 +46,7 @@ class Scheme:
 
 @dataclass
 class Quantized:
-    """q int8 (rows, columns), scale float32 (rows, groups); offset like scale, None where it is zero."""
+    """q int8 (rows, columns), scale float (rows, groups); offset like scale, None where it is zero."""
 
     bits: int
     q: torch.Tensor
@@ -71,12 +71,21 @@ def find_amax(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return weight.float().unflatten(1, (scheme.num_groups(weight.shape[1]), -1)).abs().amax(-1)
 
 
-def quantize(weight: torch.Tensor, scheme: Scheme, amax: torch.Tensor | None = None) -> Quantized:
-    """(rows, columns) -> symmetric integers. amax: find_amax's of the whole rows, where the weight is part of them."""
+def quantize(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    amax: torch.Tensor | None = None,
+    *,
+    scale_dtype: torch.dtype = torch.float32,
+) -> Quantized:
+    """(rows, columns) -> symmetric integers. amax: find_amax's of the whole rows, where the weight is part of them.
+
+    scale_dtype: what the scale will be stored in; the integers are those of the rounded scale.
+    """
     amax = find_amax(weight, scheme) if amax is None else amax
     grouped = weight.float().unflatten(1, (amax.shape[1], -1))
-    scale = find_scale(amax, scheme.bits)
-    q = (grouped / scale[..., None]).round_().clamp_(-MAX_INT[scheme.bits] - 1, MAX_INT[scheme.bits])
+    scale = find_scale(amax, scheme.bits).to(scale_dtype)
+    q = (grouped / scale[..., None].float()).round_().clamp_(-MAX_INT[scheme.bits] - 1, MAX_INT[scheme.bits])
     return Quantized(scheme.bits, q.to(torch.int8).flatten(1), scale)
 
 
@@ -189,11 +198,12 @@ class Compressed(WeightFormat):
         return Quantized(bits, (values - half).to(torch.int8).flatten(1), tensors["weight_scale"].float())
 
     def write(self, weight: Quantized) -> dict[str, torch.Tensor]:
-        bits, half = self.scheme.bits, 1 << (self.scheme.bits - 1)
-        shifts = torch.arange(0, INT32_BITS, bits, dtype=torch.int64)
-        values = (weight.q.long() + half).unflatten(1, (-1, self.values_per_word))
-        words = (values << shifts).sum(-1)
-        packed = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+        half = 1 << (self.scheme.bits - 1)
+        values = (weight.q ^ -half).view(torch.uint8) & (2 * half - 1)  # q + half, in the bits it has
+        if self.scheme.bits == 4:
+            low, high = values.unflatten(1, (-1, 2)).unbind(-1)
+            values = low | (high << 4)
+        packed = values.contiguous().view(torch.int32)  # the lowest byte first, as safetensors has it
         return {"weight_packed": packed, "weight_scale": weight.scale, "weight_shape": torch.tensor(weight.q.shape)}
 
 

@@ -27,6 +27,9 @@ from mmdist.tp import TP
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+QUANT_STEM = (
+    "quant_model_weight"  # msmodelslim's quant_model_weight_w8a16.safetensors, quant_model_weights-00001-of-...
+)
 # safetensors' words for dtypes (https://github.com/huggingface/safetensors, format section)
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -201,13 +204,24 @@ def sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
+def find_index(folder: Path) -> Path:
+    """model.safetensors.index.json, which may not be there, or where the weights are msmodelslim's, their index."""
+    return next(iter(sorted(folder.glob(f"{QUANT_STEM}*.safetensors.index.json"))), folder / INDEX)
+
+
 def find_files(folder: Path) -> list[Path]:
     """The safetensors files of a Hugging Face folder, in the order of their names."""
-    if (folder / INDEX).exists():
+    quantised, plain = (sorted(folder.glob(f"{stem}*.safetensors")) for stem in (QUANT_STEM, "model"))
+    if quantised and plain:
+        raise UserError(
+            f"{folder}: plain weights ({plain[0].name}) beside quantised ({quantised[0].name}); keep one of the two"
+        )
+    index = find_index(folder)
+    if index.exists():
         try:
-            names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+            names = set(json.loads(index.read_text())["weight_map"].values())
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / INDEX}: not a safetensors index ({error!r}); copy it again") from error
+            raise UserError(f"{index}: not a safetensors index ({error!r}); copy it again") from error
         return [folder / name for name in sorted(names)]
     files = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
     if any(fnmatch.fnmatchcase(path.name, PART_FILES) for path in files):

@@ -59,10 +59,10 @@ def test_killed_split_goes_on(splits: dict, tmp_path: Path):
     """kill -9 in the middle of a journal line; what was committed before is not done again."""
     program = f"""
         import os, signal, sys
-        from weights_tools import split
+        from weights_tools import job
         from weights_tools.cli import main
         from weights_tools.journal import Journal
-        split.COMMIT_BYTES = 1
+        job.COMMIT_BYTES = 1
         commit = Journal.commit
         def killed(self):
             if len(self.done) == 10:

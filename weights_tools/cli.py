@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mmdist.config import UserError
-from weights_tools import convert, diff, export, inspect, split, verify
+from weights_tools import convert, diff, export, inspect, quantize, split, verify
 
 # A verb is a file with add_arguments(parser) and run(args) -> exit code; its first docstring line is its help.
-VERBS = {"convert": convert, "split": split, "export": export, "inspect": inspect, "verify": verify, "diff": diff}
+VERBS = {
+    "convert": convert, "quantize": quantize, "split": split, "export": export, "inspect": inspect, "verify": verify,
+    "diff": diff,
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     parser = Parser(
-        prog="weights_tools", description="Convert, split, look into and check the checkpoints mmdist reads."
+        prog="weights_tools", description="Convert, quantise, split, look into and check the checkpoints mmdist reads."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="|".join(VERBS))
     for name, verb in VERBS.items():

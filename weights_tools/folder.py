@@ -16,9 +16,9 @@ from mmdist.manifest import MANIFEST
 from weights_tools.display import size_words
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
-CONVERSION, EXPORT = "conversion.json", "export.json"
+CONVERSION, EXPORT, QUANTIZATION = "conversion.json", "export.json", "quantization.json"
 # Verb -> the file by which a folder it made is known.
-MARKS = {"split": MANIFEST, "convert": CONVERSION, "export": EXPORT}
+MARKS = {"split": MANIFEST, "convert": CONVERSION, "export": EXPORT, "quantize": QUANTIZATION}
 
 
 def mark(folder: Path, verb: str) -> Path:
@@ -28,6 +28,11 @@ def mark(folder: Path, verb: str) -> Path:
 def absolute(path: str) -> Path:
     """Absolute and without `..`, symbolic links kept: the folder's own name gives the default of --dst."""
     return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def check_apart(src: Path, dst: Path) -> None:
+    if src.resolve() == dst.resolve():
+        raise UserError(f"{dst}: source and target are the same folder; choose another --dst")
 
 
 def check_target(dst: Path, force: bool, verb: str) -> None:
@@ -91,12 +96,13 @@ def check_space(partial: Path, sizes: dict[str, int]) -> None:
 
 
 def copy_other_files(src: Path, dst: Path) -> None:
-    """Config, tokenizer and processor files: all that is neither weights nor their index."""
     for path in other_files(src):
         shutil.copyfile(path, dst / path.name)
 
 
 def other_files(folder: Path) -> list[Path]:
+    """Config, tokenizer and processor files: all that is neither weights nor their index, nor a verb's own."""
+
     def wanted(path: Path) -> bool:
         weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
         return path.is_file() and not weights and not path.name.startswith(".") and path.name not in MARKS.values()

@@ -17,8 +17,8 @@ from mmdist.tp import TP
 from mmdist.weights import Checkpoint
 from weights_tools.display import show_table, size_words
 from weights_tools.folder import absolute
+from weights_tools.job import whole_number
 from weights_tools.source import find_family, load_plan, open_source
-from weights_tools.split import whole_number
 from weights_tools.values import count_bytes
 
 KINDS = {

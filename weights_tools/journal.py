@@ -1,39 +1,37 @@
-"""What a split has finished: a line a tensor, so that a killed run goes on where it stopped; also the folder's lock."""
+"""What is finished of a folder: a line a tensor, so that a killed run goes on where it stopped; also its lock."""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mmdist.config import UserError
-from mmdist.manifest import MANIFEST, TensorEntry, tensor_entry
-from weights_tools.folder import clear, lock
+from weights_tools.folder import MARKS, clear, lock
 
 JOURNAL = "progress.jsonl"
 
 
 class Journal:
-    """The journal of a folder being written, locked while open. done: tensor name -> its entry.
+    """The journal of a folder being written, locked while open. done: tensor name -> its entry, plain JSON.
 
-    Its first line is the job's identity (sources, layout, files): a journal of another job, or one whose part files
-    are not all there, is thrown away with everything in the folder. Lines are on the disk after commit().
+    Its first line is the job's identity (sources, layout, files): a journal of another job, or one whose files are
+    not all there, is thrown away with everything in the folder. Lines are on the disk after commit().
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]):
+    def __init__(self, folder: Path, verb: str, identity: dict[str, Any]):
         self.path = folder / JOURNAL
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not (self.path.exists() or (folder / MANIFEST).exists()):
-            raise UserError(f"{folder}: in the way and not left by a split; move it, or choose another --dst")
+        if any(folder.iterdir()) and not (self.path.exists() or (folder / MARKS[verb]).exists()):
+            raise UserError(f"{folder}: in the way and not left by a {verb}; move it, or choose another --dst")
         self.file = open(self.path, "a+b")  # noqa: SIM115 - open for as long as the job runs
-        lock(self.file, self.path, "split")
-        self.done: dict[str, TensorEntry] = {}
+        lock(self.file, self.path, verb)
+        self.done: dict[str, dict[str, Any]] = {}
         self.pending: list[Any] = []
         lines = self._read_lines()
-        if lines and lines[0] == identity and all_there(folder, identity["parts"]):
-            self.done = {raw["name"]: tensor_entry(raw) for raw in lines[1:]}
+        if lines and lines[0] == identity and all_there(folder, identity["files"]):
+            self.done = {entry["name"]: entry for entry in lines[1:]}
         else:
             self._start(folder, identity)
 
@@ -58,12 +56,12 @@ class Journal:
         self.file.truncate(0)
         self.pending = [identity]
 
-    def add(self, entry: TensorEntry) -> None:
-        self.done[entry.name] = entry
-        self.pending.append(asdict(entry))
+    def add(self, entry: dict[str, Any]) -> None:
+        self.done[entry["name"]] = entry
+        self.pending.append(entry)
 
     def commit(self) -> None:
-        """Call it once the parts of the tensors added so far are on the disk."""
+        """Call it once the tensors added so far are on the disk."""
         self.file.write(b"".join(json.dumps(line).encode() + b"\n" for line in self.pending))
         self.file.flush()
         os.fsync(self.file.fileno())

@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from mmdist.config import UserError
 from mmdist.manifest import MANIFEST
-from mmdist.weights import INDEX, find_files, open_safetensors
+from mmdist.quant_files import read_json
+from mmdist.weights import find_files, find_index, open_safetensors, sha256
 from weights_tools.display import byte_bar
-from weights_tools.folder import absolute
+from weights_tools.folder import QUANTIZATION, absolute
 from weights_tools.source import find_family, load_plan, open_source
 from weights_tools.split_checks import check_split
 from weights_tools.values import bad_values
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 def check_source(folder: Path) -> Iterator[str]:
     """Problems of a folder of whole tensors."""
-    files = find_files(folder)
+    files, hashes = find_files(folder), quantised_hashes(folder)
     names: dict[str, list[str]] = {}
     with byte_bar(sum(path.stat().st_size for path in files if path.exists()), "verifying") as bar:
         for path in files:
@@ -60,6 +61,8 @@ def check_source(folder: Path) -> Iterator[str]:
                 with open_safetensors(path) as file:
                     tensor = file.get_tensor(name)
                 yield from (f"{path}: {name} {words}" for words in bad_values(tensor))
+                if name in hashes and sha256(tensor) != hashes[name]:
+                    yield f"{path}: {name} is damaged: its sha256 is not the one in {QUANTIZATION}"
                 bar.update(tensor.nbytes)
                 del tensor
     if len(names) == len(files):
@@ -67,9 +70,17 @@ def check_source(folder: Path) -> Iterator[str]:
         yield from check_plan(folder)
 
 
+def quantised_hashes(folder: Path) -> dict[str, str]:
+    """Stored name -> sha256, where quantize made the folder."""
+    path = folder / QUANTIZATION
+    if not path.exists():
+        return {}
+    return {name: found for entry in read_json(path)["tensors"] for name, found in entry["stored"].items()}
+
+
 def check_index(folder: Path, names: dict[str, list[str]]) -> Iterator[str]:
     """The index and the files name each other. names: file -> tensors in it."""
-    path = folder / INDEX
+    path = find_index(folder)
     if not path.exists():
         return
     listed = {(name, file) for name, file in json.loads(path.read_text())["weight_map"].items()}
