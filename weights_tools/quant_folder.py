@@ -33,9 +33,12 @@ class QuantFolder(ABC):
     def scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         return torch.float32
 
-    def store(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(rows, columns) -> the tensors that are stored instead, by their names' last word."""
-        quantized = quantize(weight, self.scheme, scale_dtype=self.scale_dtype(weight.dtype))
+    def store(self, weight: torch.Tensor, amax: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """(rows, columns) -> the tensors that are stored instead, by their names' last word.
+
+        amax (rows, groups): what becomes the largest integer; None: the largest magnitude.
+        """
+        quantized = quantize(weight, self.scheme, amax, scale_dtype=self.scale_dtype(weight.dtype))
         return self.format.write(quantized)
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Quantise the linear layers of a checkpoint's language model: W8A16 or W4A16, symmetric, without calibration.
+"""Quantise the linear layers of a checkpoint's language model: W8A16 or W4A16, symmetric, calibrated if asked.
 
 Vision, projector, embeddings, norms and lm_head stay as they are. Written to DST.partial and renamed when whole; run
 the same command again after a kill and it goes on where it stopped.
@@ -7,6 +7,7 @@ the same command again after a kill and it goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import shutil
@@ -24,6 +25,7 @@ from mmdist.quant import FORMATS, Scheme
 from mmdist.quant_files import find_format
 from mmdist.tp import TP
 from mmdist.weights import Checkpoint, sha256
+from weights_tools.calibrate import Calibration, calibrate
 from weights_tools.convert import WORDS, group_files, index_text, num_bytes
 from weights_tools.display import size_words
 from weights_tools.folder import QUANTIZATION, absolute, other_files
@@ -53,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--src", metavar="DIR", help="the checkpoint; default: the family's demo_checkpoint")
     parser.add_argument("--dst", metavar="DIR", help="the folder to write; default: beside the source, SRC-SCHEME")
+    parser.add_argument(
+        "--calibration", metavar="FILE",
+        help="requests as task=generate takes them: weights are scaled and clipped for what these put into the layers",
+    )  # fmt: skip
     add_job_arguments(parser, QuantizeJob.verb)
 
 
@@ -61,10 +67,13 @@ def run(args: argparse.Namespace) -> int:
     dst = absolute(args.dst) if args.dst else src.with_name(f"{src.name}-{args.scheme}")
     group_size = GROUP_SIZES[args.scheme] if args.group_size is None else args.group_size
     job = QuantizeJob(model, src, args.format, Scheme(BITS[args.scheme], group_size))
-    if args.dry_run:
-        job.check(dst, force=args.force)
-    else:
+    job.check(dst, force=args.force)
+    if args.calibration is not None:
+        job.calibrate(absolute(args.calibration))
+    if not args.dry_run:
         job.write(dst, force=args.force, jobs=args.jobs)
+        if job.calibration is not None:
+            print(job.calibration.report())
     sizes = f"{size_words(sum(job.sizes.values()))} -> {size_words(sum(job.file_sizes().values()))}"
     words = "; nothing was written" if args.dry_run else ""
     print(f"{dst}: {len(job.weights)} of {len(job.sizes)} tensors quantised as {args.scheme}, {sizes}{words}")
@@ -88,6 +97,8 @@ class QuantizeJob(FolderJob):
         self.folder: QuantFolder = quant_folder(format, scheme)
         check_group_size(scheme, {name: self.checkpoint.shapes[name][1] for name in sorted(self.weights)}, src)
         names = sorted(self.checkpoint.names, key=lambda name: (self.checkpoint.files[name], name))
+        self.calibration: Calibration | None = None
+        self.calibration_sha256: str | None = None
         self.outputs = {name: self._store(name, self._on_meta(name)) for name in names}
         self.sizes = {name: num_bytes(self._on_meta(name)) for name in names}
         self.layouts, self.file_of = self._lay_out()
@@ -105,8 +116,14 @@ class QuantizeJob(FolderJob):
         }
         return layouts, {name: file for file, names in files.items() for name in names}
 
+    def calibrate(self, requests: Path) -> None:
+        """Before write(): what the requests put into the layers decides the integers."""
+        self.calibration = calibrate(self.model, self.src, requests, self.scheme)
+        self.calibration_sha256 = hashlib.sha256(requests.read_bytes()).hexdigest()
+
     def settings(self) -> dict[str, Any]:
-        return {"format_version": 1, "format": self.format, "bits": self.scheme.bits}
+        calibration = {"calibration_sha256": self.calibration_sha256}
+        return {"format_version": 1, "format": self.format, "bits": self.scheme.bits, **calibration}
 
     def _store(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """What is stored of a tensor of the source."""
@@ -117,7 +134,8 @@ class QuantizeJob(FolderJob):
         whole = {n: torch.empty_like(t, device="cpu") if t.is_meta else t for n, t in self.outputs[name].items()}
         filled: Counter[str] = Counter()
         for rows in tensor.split(max(1, CHUNK // tensor.shape[1])):
-            for leaf, part in self.folder.store(rows).items():
+            amax = None if self.calibration is None else self.calibration.amax(name, rows, self.scheme)
+            for leaf, part in self.folder.store(rows, amax).items():
                 stored = name.removesuffix("weight") + leaf
                 if self.outputs[name][stored].is_meta:  # its rows follow from the weight's; else it is known already
                     whole[stored][filled[stored] : filled[stored] + len(part)] = part
@@ -133,7 +151,7 @@ class QuantizeJob(FolderJob):
             "dtype": self.checkpoint.dtypes[name],
             "shape": list(tensor.shape),
         }
-        stored = self._store(name, tensor)
+        stored = self._store(name, tensor if self.calibration is None else self.calibration.scaled(name, tensor))
         for stored_name, part in stored.items():
             if part.is_floating_point() and name in self.weights and not part.isfinite().all():
                 raise UserError(f"{self.checkpoint.files[name]}: {name} has NaN or infinite values; it has no scale")
@@ -164,6 +182,7 @@ class QuantizeJob(FolderJob):
             "scheme": self.scheme.name,
             "group_size": self.scheme.group_size,
             "format": self.format,
+            "calibration_sha256": self.calibration_sha256,
             "tensors": entries,
         }
 

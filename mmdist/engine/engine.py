@@ -66,6 +66,10 @@ class Engine:
         self.scheduler.add(sequence)
 
     @property
+    def model(self) -> MultimodalModel:
+        return self.runner.model
+
+    @property
     def prompts(self) -> Processor:
         assert self.processor is not None, "text enters and leaves through rank 0"
         return self.processor
