@@ -153,7 +153,7 @@ MISTAKES = {
     "split EMPTY --ranks 2": "no config.json",
     "verify no_such": "no_such: no such folder",
     "verify SPLIT --against no_such": "no_such: no such folder",
-    "verify SRC --against SRC": "--against is for folders made by",
+    "verify SRC --against SRC": "neither split nor quantised, as --against is for; weights_tools diff compares any two",
     "verify EMPTY": "the weights are missing",
     "inspect no_such": "no_such: no such folder",
     "inspect SRC --ranks 3": "legal sizes: 1, 2, 4, 8",

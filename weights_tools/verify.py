@@ -1,6 +1,7 @@
-"""Check a split folder or a checkpoint: every hash and value; with --against, that the parts are cut from that source.
+"""Check a checkpoint or split folder: hashes and values; --against: its source; --deep: a prompt through both.
 
-Exit code 0: all is well; 1: problems, one line each on stdout.
+Against the folder it was split from, the parts are cut again; against the plain one it was quantised from, a table of
+errors says how far each weight is off. Exit code 0: all is well; 1: problems, one line each on stdout.
 """
 
 from __future__ import annotations
@@ -8,24 +9,31 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tqdm import tqdm
-
-from mmdist.config import UserError
+from mmdist.config import DTYPES, UserError
 from mmdist.manifest import MANIFEST
-from mmdist.quant_files import read_json
+from mmdist.quant_files import find_format, read_json
 from mmdist.weights import find_files, find_index, open_safetensors, sha256
+from weights_tools.deep import PICTURE, PROMPT, Question, compare_answers, show_answers
 from weights_tools.display import byte_bar
 from weights_tools.folder import QUANTIZATION, absolute
+from weights_tools.quant_checks import LayerError, check_quantised, show_errors
 from weights_tools.source import find_family, load_plan, open_source
 from weights_tools.split_checks import check_split
 from weights_tools.values import bad_values
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DIR", help="a folder made by split, or a checkpoint")
-    parser.add_argument("--against", metavar="SRC", help="the checkpoint that DIR was split from")
+    parser.add_argument("folder", metavar="DIR", help="a folder made by split or quantize, or any checkpoint")
+    parser.add_argument("--against", metavar="SRC", help="the checkpoint that DIR was split or quantised from")
+    parser.add_argument("--deep", action="store_true", help="ask DIR and SRC the same and compare their logits")
+    parser.add_argument("--prompt", metavar="TEXT", help=f"what --deep asks; default: {PROMPT}")
+    parser.add_argument("--image", metavar="FILE", help="about which picture; default: one that is shipped")
+    parser.add_argument("--dtype", choices=DTYPES, help="that --deep computes in; default: float32")
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,15 +42,69 @@ def run(args: argparse.Namespace) -> int:
     for asked in (folder, against):
         if asked is not None and not asked.is_dir():
             raise UserError(f"{asked}: no such folder; give one made by weights_tools split, or a checkpoint")
+    question = read_question(args)
+    report = check(folder, against, deep=question is not None)
+    if question is not None and against is not None and report.is_sound:
+        report.answers = compare_answers(folder, against, question)
+    if args.json:
+        print(json.dumps(report.facts(), indent=1))
+    else:
+        report.show()
+    return 1 if report.problems else 0
+
+
+def read_question(args: argparse.Namespace) -> Question | None:
+    """What --deep asks; None without it."""
+    if not args.deep:
+        for name in ("prompt", "image", "dtype"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name}: says what --deep asks; add --deep")
+        return None
+    if args.against is None:
+        raise UserError("--deep: asks two checkpoints the same; give the other one as --against SRC")
+    image = PICTURE if args.image is None else absolute(args.image)
+    if not image.is_file():
+        raise UserError(f"--image {image}: no such picture")
+    return Question(args.prompt or PROMPT, image, args.dtype or "float32")
+
+
+@dataclass
+class Report:
+    """problems: one line each. errors: of the quantised weights. is_sound: the folder itself is as it should be,
+    whatever it is compared with. answers: what --deep found."""
+
+    folder: Path
+    problems: list[str]
+    errors: list[LayerError]
+    is_sound: bool
+    answers: dict[str, Any] | None = None
+
+    def facts(self) -> dict[str, Any]:
+        layers = [error.facts() for error in self.errors]
+        return {"folder": str(self.folder), "problems": self.problems, "layers": layers, "deep": self.answers}
+
+    def show(self) -> None:
+        if self.errors:
+            show_errors(self.errors)
+        if self.answers is not None:
+            show_answers(self.answers)
+        for problem in self.problems:
+            print(problem)
+        print(f"{self.folder}: {f'{len(self.problems)} problems' if self.problems else 'all is well'}")
+
+
+def check(folder: Path, against: Path | None, *, deep: bool) -> Report:
     is_split = (folder / MANIFEST).exists()
-    if against is not None and not is_split:
-        raise UserError(f"{folder}: no {MANIFEST} in it; --against is for folders made by weights_tools split")
-    num_problems = 0
-    for problem in check_split(folder, against) if is_split else check_source(folder):
-        tqdm.write(problem)
-        num_problems += 1
-    print(f"{folder}: {f'{num_problems} problems' if num_problems else 'all is well'}")
-    return 1 if num_problems else 0
+    if against is not None and find_format(against) is None and find_format(folder) is not None:
+        damage = list(check_split(folder, None) if is_split else check_source(folder))
+        errors, problems = ([], damage) if damage else check_quantised(folder, against)
+        return Report(folder, problems, errors, not damage)
+    if not (is_split or against is None or deep):
+        raise UserError(
+            f"{folder}: neither split nor quantised, as --against is for; weights_tools diff compares any two"
+        )
+    problems = list(check_split(folder, against) if is_split else check_source(folder))
+    return Report(folder, problems, [], not problems)
 
 
 def check_source(folder: Path) -> Iterator[str]:
