@@ -45,6 +45,17 @@ def test_plain_folder(original: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["verify", str(dst)]) == 0
 
 
+def test_dry_run_writes_nothing(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert run(original, tmp_path / "dst", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert said.endswith("; nothing was written\n") and [path.name for path in tmp_path.iterdir()] == ["original"]
+    assert run(original, tmp_path / "dst") == 0
+    path = tmp_path / "dst" / "model.safetensors"
+    assert f"{path}: {path.stat().st_size / 1024:.1f} KiB" in said
+    edit(original, lambda state: {name: x for name, x in state.items() if not name.endswith("pooler.dense.bias")})
+    assert "1 missing (" in refused(original, tmp_path / "new", capsys, "--dry-run")
+
+
 def test_several_files_to_choose_from(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     shutil.copyfile(original / FILE, original / "other.pt")
     line = refused(original, tmp_path / "dst", capsys)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import Case
 from safetensors.torch import load_file, save_file
 from split_cases import load, source
 
@@ -47,3 +48,27 @@ def test_inspect_a_split_folder(tp2: Path, capsys: pytest.CaptureFixture):
     assert main(["inspect", str(tp2)]) == 0
     out = capsys.readouterr().out
     assert "split for world_size=2" in out and str(source()) in out and f"{part_file(1, 2)}  MISSING" in out
+
+
+def test_inspect_quantised_folders(tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder = Case("llava_next_mistral_w8a16").checkpoint
+    assert main(["split", str(folder), "--ranks", "2", "--dst", str(tmp_path / "tp2")]) == 0
+    for path in (folder, tmp_path / "tp2"):
+        capsys.readouterr()
+        assert main(["inspect", str(path)]) == 0
+        assert "quantised: w8a16, a scale a row, stored as ascend has it" in capsys.readouterr().out
+        assert main(["inspect", str(path), "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["quantised"] == {"scheme": "w8a16", "group_size": 0, "format": "ascend"}
+        assert facts["num_tensors"] == 132 and facts["dtypes"]["I8"] == 21
+
+
+@pytest.mark.parametrize("name", ["mllama", "llama_adapter_lora", "minigpt4"])
+def test_inspect_every_kind_of_family(name: str, capsys: pytest.CaptureFixture):
+    case = Case(name)
+    folder = case.checkpoint
+    capsys.readouterr()
+    assert main(["inspect", str(folder), "--ranks", "2", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["model"] == case.model and facts["quantised"] is None and 2 in facts["legal_world_sizes"]
+    assert facts["missing"] == facts["unused"] == facts["misshapen"] == []

@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the files do not tell, e.g. num_heads=8; a wrong key is answered with the family's own",
     )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace DST when it is a folder made by convert")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and write nothing")
 
 
 def setting(text: str) -> tuple[str, str]:
@@ -57,24 +58,28 @@ def run(args: argparse.Namespace) -> int:
     if not src.is_dir():
         raise UserError(f"{src}: no such folder; give the folder of {args.model}'s original files as --src")
     check_target(dst, args.force, "convert")
-    job = convert_folder(args.model, Source(src, settings), dst, force=args.force)
+    job = read_folder(args.model, Source(src, settings))
+    if not args.dry_run:
+        job.write(dst, force=args.force)
     if job.ignored:
-        print(f"{len(job.ignored)} entries known to be unused: {few(job.ignored)} (all are in {dst / CONVERSION})")
-    print(f"{dst}: {args.model}, {len(job.plan)} tensors, {size_words(job.num_bytes)}")
+        where = "" if args.dry_run else f" (all are in {dst / CONVERSION})"
+        print(f"{len(job.ignored)} entries known to be unused: {few(job.ignored)}{where}")
+    for file, size in job.file_sizes().items():
+        print(f"{dst / file}: {size_words(size)}")
+    words = "; nothing was written" if args.dry_run else ""
+    print(f"{dst}: {args.model}, {len(job.plan)} tensors, {size_words(job.num_bytes)}{words}")
     return 0
 
 
-def convert_folder(model: str, source: Source, dst: Path, *, force: bool = False) -> ConvertJob:
-    job = ConvertJob(model, source, find_layout(model).read(source))
-    job.write(dst, force=force)
-    return job
+def read_folder(model: str, source: Source) -> ConvertJob:
+    return ConvertJob(model, source, find_layout(model).read(source))
 
 
 def convert_demo(model: str, src: Path, dst: Path) -> None:
     """The plain folder of a family's shipped files, made where it is not there yet."""
     if not dst.exists():
         print(f"{dst}: made from the original files in {src}", file=sys.stderr)
-        convert_folder(model, Source(src, {}), dst)
+        read_folder(model, Source(src, {})).write(dst, force=False)
 
 
 def check_settings(model: str, given: list[tuple[str, str]], legal: dict[str, str]) -> dict[str, str]:
@@ -111,9 +116,13 @@ class ConvertJob:
         stored = {name: self.tensors[name] for name in self.files[file]}
         return [(name, WORDS[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()]
 
-    def write(self, dst: Path, force: bool) -> None:
+    def file_sizes(self) -> dict[str, int]:
+        """File name -> bytes."""
+        return {file: build_header(self.layout(file))[2] for file in self.files}
+
+    def write(self, dst: Path, *, force: bool) -> None:
         partial = dst.with_name(f"{dst.name}.partial")
-        check_space(partial, {file: build_header(self.layout(file))[2] for file in self.files})
+        check_space(partial, self.file_sizes())
         with claim(partial, "convert", self._record()):
             with byte_bar(self.num_bytes, "converting") as bar:
                 for file in self.files:

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--part", choices=["decoder"], help="the language model alone, as transformers' own class has it"
     )
     parser.add_argument("--force", action="store_true", help="replace DST when it is a folder made by export")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and write nothing")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,12 +56,12 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{folder}: no such folder; give a folder made by weights_tools split, or a checkpoint")
     check_target(dst, args.force, "export")
     job = DecoderJob(folder) if args.part == "decoder" else ExportJob(folder)
-    if args.dry_run:
-        print("".join(f"{dst / file}: {size_words(size)}\n" for file, size in job.file_sizes().items()), end="")
-    else:
+    if not args.dry_run:
         job.write(dst, force=args.force)
-    words = "would be written" if args.dry_run else f"written; {job.left_out()}"
-    print(f"{dst}: {len(job.tensors)} tensors, {size_words(job.num_bytes)}, {words}".removesuffix("; "))
+    for file, size in job.file_sizes().items():
+        print(f"{dst / file}: {size_words(size)}")
+    words = "; nothing was written" if args.dry_run else ""
+    print(f"{dst}: {len(job.tensors)} tensors{job.left_out()}, {size_words(job.num_bytes)}{words}")
     return 0
 
 
@@ -197,7 +197,7 @@ class DecoderJob(ExportJob):
         return group_files({name: self._on_meta(name) for name in self.tensors})
 
     def left_out(self) -> str:
-        return f"{len(self.checkpoint.names) - len(self.tensors)} tensors are not the decoder's"
+        return f" ({len(self.checkpoint.names) - len(self.tensors)} are not the decoder's)"
 
     def write_other_files(self, folder: Path) -> None:
         for name in TOKENIZER_FILES:

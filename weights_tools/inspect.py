@@ -13,6 +13,8 @@ from mmdist.config import UserError
 from mmdist.manifest import MANIFEST, load_manifest, part_file
 from mmdist.models.family import find_model, legal_world_sizes
 from mmdist.plan import Plan
+from mmdist.quant import FORMATS
+from mmdist.quant_files import find_format
 from mmdist.tp import TP
 from mmdist.weights import Checkpoint
 from weights_tools.display import show_table, size_words
@@ -64,6 +66,7 @@ def describe_split(folder: Path) -> dict[str, Any]:
         "world_size": manifest.world_size,
         "source": manifest.source,
         "format_version": manifest.format_version,
+        "quantised": describe_format(folder),
         "num_tensors": len(manifest.tensors),
         "num_bytes": sum(count_bytes(entry.dtype, entry.shape) for entry in manifest.tensors),
         "dtypes": dict(Counter(entry.dtype for entry in manifest.tensors)),
@@ -75,10 +78,27 @@ def describe_split(folder: Path) -> dict[str, Any]:
 def show_split(facts: dict[str, Any]) -> None:
     print(f"{facts['folder']}: {facts['model']}, split for world_size={facts['world_size']}")
     print(f"source: {facts['source']}")
+    show_format(facts)
     print(f"{facts['num_tensors']} tensors, {size_words(facts['num_bytes'])}, {count_words(facts['dtypes'])}")
     print(f"placement: {count_words(facts['placements'])}")
     for name, size in facts["parts"].items():
         print(f"  {name}  {'MISSING' if size is None else size_words(size)}")
+
+
+def describe_format(folder: Path) -> dict[str, Any] | None:
+    """How quantised weights are stored; None for plain ones."""
+    held = find_format(folder)
+    if held is None:
+        return None
+    (name,) = (name for name, kind in FORMATS.items() if isinstance(held, kind))
+    return {"scheme": held.scheme.name, "group_size": held.scheme.group_size, "format": name}
+
+
+def show_format(facts: dict[str, Any]) -> None:
+    held = facts["quantised"]
+    if held is not None:
+        groups = f"groups of {held['group_size']} columns" if held["group_size"] else "a scale a row"
+        print(f"quantised: {held['scheme']}, {groups}, stored as {held['format']} has it")
 
 
 def count_words(counts: dict[str, int]) -> str:
@@ -99,7 +119,8 @@ def describe_source(folder: Path, world_size: int | None) -> dict[str, Any]:
         "num_tensors": len(sizes),
         "num_bytes": sum(sizes.values()),
         "dtypes": dict(Counter(checkpoint.dtypes.values())),
-        "legal_world_sizes": legal_world_sizes(find_model(family), config),
+        "legal_world_sizes": legal_world_sizes(find_model(family), config, find_format(folder)),
+        "quantised": describe_format(folder),
         "ignored": sorted(checkpoint.ignored),
         **mismatches(checkpoint, plan),
         "groups": list_groups(checkpoint, plan, sizes),
@@ -149,6 +170,7 @@ def show_source(facts: dict[str, Any]) -> None:
     print(f"{facts['folder']}: {facts['model']}")
     print(f"{facts['num_tensors']} tensors in {facts['num_files']} files, {size_words(facts['num_bytes'])}, ", end="")
     print(f"dtypes {count_words(facts['dtypes'])}")
+    show_format(facts)
     print(f"legal world sizes: {', '.join(map(str, facts['legal_world_sizes']))}")
     show_groups(facts["groups"], with_placement="world_size" in facts)
     if "world_size" in facts:
