@@ -190,8 +190,19 @@ def test_what_is_there_is_replaced_only_when_asked(splits: dict, tmp_path: Path,
 def test_source_and_target_the_same(tp2: Path, capsys: pytest.CaptureFixture):
     before = contents(tp2)
     assert export(tp2, tp2, "--force") == 2
+    assert "source and target are the same folder; choose another --dst" in one_line(capsys)
+    assert export(tp2, tp2.parent, "--force") == 2
     assert "not a folder made by export, so --force does not replace it" in one_line(capsys)
     assert contents(tp2) == before
+
+
+def test_verify_knows_the_hashes(splits: dict, tmp_path: Path, capsys: pytest.CaptureFixture):
+    dst = tmp_path / "dst"
+    assert export(splits["mistral", 2], dst) == 0
+    path = dst / json.loads((dst / "model.safetensors.index.json").read_text())["weight_map"][Q_PROJ]
+    flip_byte(path, Q_PROJ)
+    assert main(["verify", str(dst)]) == 1
+    assert f"{path}: {Q_PROJ} is damaged: its sha256 is not the one in {EXPORT}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])

@@ -24,7 +24,17 @@ from mmdist.quant_files import find_format
 from mmdist.weights import DTYPES, INDEX, sha256
 from weights_tools.convert import group_files, index_text
 from weights_tools.display import byte_bar, size_words
-from weights_tools.folder import absolute, check_space, check_target, claim, copy_other_files, mark, publish, sync_all
+from weights_tools.folder import (
+    absolute,
+    check_apart,
+    check_space,
+    check_target,
+    claim,
+    copy_other_files,
+    mark,
+    publish,
+    sync_all,
+)
 from weights_tools.layouts.source import few
 from weights_tools.part_file import Layout, PartFile, build_header
 from weights_tools.values import count_bytes
@@ -54,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     folder, dst = absolute(args.folder), absolute(args.dst)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a folder made by weights_tools split, or a checkpoint")
+    check_apart(folder, dst)
     check_target(dst, args.force, "export")
     job = DecoderJob(folder) if args.part == "decoder" else ExportJob(folder)
     if not args.dry_run:

@@ -19,7 +19,7 @@ from mmdist.quant_files import find_format, read_json
 from mmdist.weights import find_files, find_index, open_safetensors, sha256
 from weights_tools.deep import PICTURE, PROMPT, Question, compare_answers, show_answers
 from weights_tools.display import byte_bar
-from weights_tools.folder import QUANTIZATION, absolute
+from weights_tools.folder import EXPORT, QUANTIZATION, absolute
 from weights_tools.quant_checks import LayerError, check_quantised, show_errors
 from weights_tools.source import find_family, load_plan, open_source
 from weights_tools.split_checks import check_split
@@ -109,7 +109,7 @@ def check(folder: Path, against: Path | None, *, deep: bool) -> Report:
 
 def check_source(folder: Path) -> Iterator[str]:
     """Problems of a folder of whole tensors."""
-    files, hashes = find_files(folder), quantised_hashes(folder)
+    files, (record, hashes) = find_files(folder), recorded_hashes(folder)
     names: dict[str, list[str]] = {}
     with byte_bar(sum(path.stat().st_size for path in files if path.exists()), "verifying") as bar:
         for path in files:
@@ -124,7 +124,7 @@ def check_source(folder: Path) -> Iterator[str]:
                     tensor = file.get_tensor(name)
                 yield from (f"{path}: {name} {words}" for words in bad_values(tensor))
                 if name in hashes and sha256(tensor) != hashes[name]:
-                    yield f"{path}: {name} is damaged: its sha256 is not the one in {QUANTIZATION}"
+                    yield f"{path}: {name} is damaged: its sha256 is not the one in {record}"
                 bar.update(tensor.nbytes)
                 del tensor
     if len(names) == len(files):
@@ -132,12 +132,12 @@ def check_source(folder: Path) -> Iterator[str]:
         yield from check_plan(folder)
 
 
-def quantised_hashes(folder: Path) -> dict[str, str]:
-    """Stored name -> sha256, where quantize made the folder."""
-    path = folder / QUANTIZATION
-    if not path.exists():
-        return {}
-    return {name: found for entry in read_json(path)["tensors"] for name, found in entry["stored"].items()}
+def recorded_hashes(folder: Path) -> tuple[str, dict[str, str]]:
+    """(file that has them, stored name -> sha256), where quantize or export made the folder."""
+    if (folder / QUANTIZATION).exists():
+        entries = read_json(folder / QUANTIZATION)["tensors"]
+        return QUANTIZATION, {name: found for entry in entries for name, found in entry["stored"].items()}
+    return EXPORT, read_json(folder / EXPORT)["sha256"] if (folder / EXPORT).exists() else {}
 
 
 def check_index(folder: Path, names: dict[str, list[str]]) -> Iterator[str]:
