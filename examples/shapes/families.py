@@ -92,7 +92,7 @@ FAMILIES = {
     "llava_next": Family(tuple(KINDS), ("normal", "odd"), num=500, threshold=0.95),
     "llava": Family(tuple(KINDS), ("square",)),
     "llava_next_video": Family(tuple(CLIP_KINDS), ("square",), request=video_request),
-    "mllama": Family(BASIC, ("normal", "odd")),
+    "mllama": Family(tuple(KINDS), ("normal", "odd")),
     "vlmo": Family(CLOSED, ("normal", "odd"), request=classifier_request, answer_key="answer"),
     "llama_adapter": Family((*BASIC, "list"), ("square",)),
 }

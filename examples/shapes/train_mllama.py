@@ -132,7 +132,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--base", type=Path, default=BASE, help="the small LLaVA-NeXT to start from")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--pictures", type=int, default=8000)
-    parser.add_argument("--steps", type=int, nargs=2, default=(300, 1500), help="of the patch loss, and of answers")
+    parser.add_argument("--steps", type=int, nargs=2, default=(300, 600), help="of the patch loss, and of answers")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--state", type=Path, help="file that keeps the training state; goes on from it if it exists")
     return parser.parse_args()
