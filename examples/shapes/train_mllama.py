@@ -52,7 +52,7 @@ def encode_pictures(
     ratio_ids = torch.from_numpy(canvases.ratio_ids[picks])[:, None]
     found = vision(pixels, ratio_ids, used[:, None].long()).last_hidden_state[:, 0]
     width = vision.hidden_size
-    # transformers stacks the layers' outputs in the last dim but one before it flattens them.
+    # transformers stacks the layers' outputs in a new last dim and flattens it into the width.
     inner = found[..., width:].unflatten(-1, (width, len(m.INDICES)))
     return model.multi_modal_projector(found), inner[:, :, 1:, :, 0], used
 
