@@ -134,27 +134,58 @@ class WeightFormat(ABC):
         return {name: Shard(1, groups) for name in names}
 
 
+@dataclass(frozen=True)
 class Ascend(WeightFormat):
-    """msmodelslim's: weight int8 (4 bits too), weight_scale and weight_offset float32 (rows, groups)."""
+    """msmodelslim's: weight int8, weight_scale and weight_offset float32 (rows, groups).
 
+    packed: 4-bit values lie two in a byte, the first in its low half, as AscendV1 (version 1.0.0) has them; older
+    files have a byte for each. Source: msmodelslim's complex_quantifier.py, _w4a16_pack_int4.
+    """
+
+    packed: bool = True
     names = ("weight", "weight_scale", "weight_offset")
+
+    @property
+    def paired_dim(self) -> int | None:
+        """Along which two neighbours share a byte: the rows where columns are in groups, else the columns."""
+        if self.scheme.bits != 4 or not self.packed:
+            return None
+        return 0 if self.scheme.group_size else 1
+
+    def stored_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        if self.paired_dim is not None and (rows, columns)[self.paired_dim] % 2:
+            raise UserError(f"a part of {rows} rows and {columns} columns cannot have two 4-bit values a byte")
+        return rows // 2 if self.paired_dim == 0 else rows, columns // 2 if self.paired_dim == 1 else columns
 
     def specs(self, rows: int, columns: int) -> dict[str, Spec]:
         scale = Spec((rows, self.scheme.num_groups(columns)), torch.float32)
-        return {"weight": Spec((rows, columns), torch.int8), "weight_scale": scale, "weight_offset": scale}
+        weight = Spec(self.stored_shape(rows, columns), torch.int8)
+        return {"weight": weight, "weight_scale": scale, "weight_offset": scale}
 
     def shards(self, dim: int, pieces: Sequence[Piece]) -> dict[str, Shard]:
-        scales = self.scale_shards(("weight_scale", "weight_offset"), dim, pieces)
-        return {"weight": Shard(dim, tuple(pieces)), **scales}
+        stored = tuple(pieces)
+        if dim == self.paired_dim:
+            stored = tuple(replace(piece, size=piece.size // 2, padded=piece.padded // 2) for piece in pieces)
+        return {"weight": Shard(dim, stored), **self.scale_shards(("weight_scale", "weight_offset"), dim, pieces)}
+
+    def weight_shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        rows, columns = shapes["weight"]
+        return rows * (2 if self.paired_dim == 0 else 1), columns * (2 if self.paired_dim == 1 else 1)
 
     def read(self, tensors: Mapping[str, torch.Tensor]) -> Quantized:
-        offset = tensors["weight_offset"]
-        offset_or_none = offset if offset.any() else None
-        return Quantized(self.scheme.bits, tensors["weight"], tensors["weight_scale"], offset_or_none)
+        q, offset, dim = tensors["weight"], tensors["weight_offset"], self.paired_dim
+        if dim is not None:
+            low = (q << 4) >> 4  # the shifts carry the sign
+            q = torch.stack((low, q >> 4), dim + 1).flatten(dim, dim + 1)
+        return Quantized(self.scheme.bits, q, tensors["weight_scale"], offset if offset.any() else None)
 
     def write(self, weight: Quantized) -> dict[str, torch.Tensor]:
+        q, dim = weight.q, self.paired_dim
+        if dim is not None:
+            low, high = q.unflatten(dim, (-1, 2)).unbind(dim + 1)
+            q = (low & 15) | (high << 4)
         offset = torch.zeros_like(weight.scale) if weight.offset is None else weight.offset
-        return {"weight": weight.q, "weight_scale": weight.scale, "weight_offset": offset}
+        return {"weight": q, "weight_scale": weight.scale, "weight_offset": offset}
 
 
 class Compressed(WeightFormat):

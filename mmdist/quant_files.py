@@ -17,6 +17,7 @@ from mmdist.quant import Ascend, Compressed, Scheme, WeightFormat
 DESCRIPTION = "quant_model_description.json"
 SCHEMES = {"W8A16": 8, "W4A16": 4}
 FLOAT = "FLOAT"
+ASCEND_V1 = "1.0.0"  # version of a description; the older ones have none
 
 
 def find_format(folder: Path) -> WeightFormat | None:
@@ -57,7 +58,8 @@ def ascend_format(description: Mapping[str, Any], path: Path) -> WeightFormat:
     if kind not in SCHEMES or kinds - {kind}:
         found = ", ".join(sorted(map(str, kinds | {kind})))
         raise UserError(f"{path}: quantised as {found}; mmdist reads {' or '.join(SCHEMES)}, one in a checkpoint")
-    return Ascend(Scheme(SCHEMES[kind], int(description.get("group_size") or 0)))
+    scheme = Scheme(SCHEMES[kind], int(description.get("group_size") or 0))
+    return Ascend(scheme, packed=description.get("version") == ASCEND_V1)
 
 
 def compressed_format(settings: Mapping[str, Any], path: Path) -> WeightFormat:

@@ -68,6 +68,25 @@ def test_stored_and_read_again(format: type[WeightFormat], scheme: Scheme) -> No
     }
 
 
+def test_two_4_bit_values_share_a_byte() -> None:
+    """msmodelslim: neighbouring columns where a row has one scale, neighbouring rows where columns are in groups."""
+    q = torch.tensor([[1, -2], [3, -8]], dtype=torch.int8)
+    for group_size, scale, stored in ((0, torch.ones(2, 1), [[-31], [-125]]), (1, torch.ones(2, 2), [[49, -114]])):
+        format = Ascend(Scheme(4, group_size))
+        found = format.write(Quantized(4, q, scale))
+        assert found["weight"].tolist() == stored
+        assert torch.equal(format.read(found).q, q)
+        older = Ascend(Scheme(4, group_size), packed=False)
+        assert torch.equal(older.write(Quantized(4, q, scale))["weight"], q)
+
+
+def test_a_part_must_not_cut_through_a_byte() -> None:
+    with torch.device("meta"):
+        layer = ColumnParallelLinear(32, [Piece(6), Piece(6)], TP(0, 2))
+    with pytest.raises(UserError, match="would cut through what weight stores together"):
+        layer.store_as(Ascend(Scheme(4, 16)))
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("scheme", SCHEMES, ids=scheme_name)
 def test_the_product_is_that_of_the_weight(scheme: Scheme, dtype: torch.dtype) -> None:

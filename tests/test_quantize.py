@@ -84,6 +84,18 @@ def test_every_family(case: Case, scheme: str, tmp_path: Path) -> None:
     assert main(["inspect", str(folder), "--ranks", "2"]) == 0
 
 
+@pytest.mark.parametrize("format", ("ascend", "compressed-tensors"))
+def test_groups_whole_and_split(mistral: Case, tmp_path: Path, format: str) -> None:
+    """4 bits in groups of 16 columns, at 2 ranks; in Ascend's format it is what quantising on loading gives."""
+    flags = ("--scheme", "w4a16", "--group-size", "16", "--format", format)
+    folder = quantize(source(), tmp_path / "q", *flags)
+    assert main(["split", str(folder), "--ranks", "2", "--dst", str(tmp_path / "split")]) == 0
+    answer = first_answer(mistral, config_for(folder))
+    assert first_answer(mistral, config_for(tmp_path / "split")) == answer
+    if format == "ascend":
+        assert first_answer(mistral, config_for(mistral, quant=QuantConfig("w4a16", 16))) == answer
+
+
 # vllm-ascend (quantization/modelslim_config.py) and MindIE (atb_llm/utils/quantize): what they ask of a description.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -107,6 +119,7 @@ def test_description_is_what_ascend_software_asks_for(tmp_path: Path, flags: tup
             assert {types[f"{linear}.weight_scale"], types[f"{linear}.weight_offset"]} == {kind}
             assert stored[f"{linear}.weight"].dtype == torch.int8 and scale.dtype == offset.dtype == torch.float32
             assert scale.shape == offset.shape and not offset.any()
+            assert len(stored[f"{linear}.weight"]) == len(scale) // (2 if flags else 1)  # two rows share a byte
     assert json.loads((folder / "config.json").read_text())["quantize"] == kind.lower()
 
 

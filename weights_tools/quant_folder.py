@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mmdist.quant import FORMATS, Scheme, WeightFormat, quantize
-from mmdist.quant_files import DESCRIPTION, FLOAT
+from mmdist.quant_files import ASCEND_V1, DESCRIPTION, FLOAT
 
 CONFIG = "config.json"
 Shapes = Mapping[str, Sequence[int]]  # of the stored tensors
@@ -55,7 +55,7 @@ class AscendFolder(QuantFolder):
         kind = self.scheme.name.upper()
         description = {
             "model_quant_type": kind,
-            "version": "1.0.0",
+            "version": ASCEND_V1,
             "group_size": self.scheme.group_size,
             "metadata": {},
             "optional": {},

@@ -133,7 +133,7 @@ class QuantizeJob(FolderJob):
             return {name.removesuffix("weight") + leaf: made for leaf, made in self.folder.store(tensor).items()}
         whole = {n: torch.empty_like(t, device="cpu") if t.is_meta else t for n, t in self.outputs[name].items()}
         filled: Counter[str] = Counter()
-        for rows in tensor.split(max(1, CHUNK // tensor.shape[1])):
+        for rows in tensor.split(max(2, CHUNK // tensor.shape[1] // 2 * 2)):  # formats may store rows in pairs
             amax = None if self.calibration is None else self.calibration.amax(name, rows, self.scheme)
             for leaf, part in self.folder.store(rows, amax).items():
                 stored = name.removesuffix("weight") + leaf

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmdist.config import UserError
 from mmdist.kernels import packed
 from mmdist.kernels.linear import Linear, PackedLinear, quantized_linear
 from mmdist.plan import Piece, Shard
@@ -45,6 +46,10 @@ class ParallelWeight(nn.Module):
         for name, spec in format.specs(rows, columns).items():
             empty = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        for name, shard in self.shards().items():
+            stored = getattr(self, name, None)
+            if stored is not None and stored.shape[shard.dim] != sum(p.local_size(self.tp) for p in shard.pieces):
+                raise UserError(f"a rank's part of ({rows}, {columns}) would cut through what {name} stores together")
 
     def shards(self) -> dict[str, Shard]:
         if self.format is not None:
