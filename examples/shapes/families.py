@@ -95,4 +95,5 @@ FAMILIES = {
     "mllama": Family(tuple(KINDS), ("normal", "odd")),
     "vlmo": Family(CLOSED, ("normal", "odd"), request=classifier_request, answer_key="answer"),
     "llama_adapter": Family((*BASIC, "list"), ("square",)),
+    "minigpt4": Family(tuple(KINDS), ("normal",)),
 }
