@@ -75,11 +75,12 @@ def test_killed_in_the_middle(w8a16: Path, tmp_path: Path) -> None:
         from weights_tools.cli import main
         from weights_tools.journal import Journal
         job.COMMIT_BYTES = 1
-        commit = Journal.commit
-        def killed(self):
-            if len(self.done) > 20:
+        commit, before = Journal.commit, []
+        def killed(self, lines):
+            before.append(lines)
+            if len(before) > 20:
                 os.kill(os.getpid(), signal.SIGKILL)
-            commit(self)
+            commit(self, lines)
         Journal.commit = killed
         main(["quantize", {str(source())!r}, "--scheme", "w8a16", "--dst", "dst"])
     """

@@ -63,13 +63,14 @@ def test_killed_split_goes_on(splits: dict, tmp_path: Path):
         from weights_tools.cli import main
         from weights_tools.journal import Journal
         job.COMMIT_BYTES = 1
-        commit = Journal.commit
-        def killed(self):
-            if len(self.done) == 10:
+        commit, before = Journal.commit, []
+        def killed(self, lines):
+            before.append(lines)
+            if len(before) > 10:
                 self.file.write(b'{{"name": "half a li')
                 self.file.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
-            commit(self)
+            commit(self, lines)
         Journal.commit = killed
         main(["split", {str(source())!r}, "--ranks", "2", "--dst", "dst"])
     """

@@ -26,7 +26,7 @@ from weights_tools.journal import Journal
 from weights_tools.part_file import Layout, PartFile, build_header
 
 # Files go to the disk, and their tensors into the journal, whenever this many bytes of the source were read.
-COMMIT_BYTES = 256 << 20
+COMMIT_BYTES = 128 << 20
 # Tensors at work at once have no more bytes than this together; a larger one is alone.
 WORK_BYTES = 192 << 20
 Files = Mapping[str, PartFile]
@@ -103,14 +103,17 @@ class FolderJob(ABC):
         with (
             self._open_files(folder, journal) as files,
             byte_bar(total, self.verb, done=total - todo) as bar,
+            ThreadPoolExecutor(1) as disk,  # the next tensors are at work while the last go to the disk
         ):
+            committed = disk.submit(commit, files, journal, journal.take())
             for entry in work_bounded(lambda name: self._write_tensor(name, files), left, jobs):
                 journal.add(entry)
                 bar.update(left[entry["name"]])
                 uncommitted += left[entry["name"]]
                 if uncommitted >= COMMIT_BYTES:
-                    commit(files, journal)
-                    uncommitted = 0
+                    committed.result()
+                    committed, uncommitted = disk.submit(commit, files, journal, journal.take()), 0
+            committed.result()
 
     def _write_tensor(self, name: str, files: Files) -> dict[str, Any]:
         self.check_unchanged()
@@ -120,10 +123,9 @@ class FolderJob(ABC):
     def _open_files(self, folder: Path, journal: Journal) -> Iterator[Files]:
         files = {name: PartFile(folder / name, layout) for name, layout in self.layouts.items()}
         try:
-            commit(files, journal)
             yield files
         finally:  # also when interrupted: what is finished need not be done again
-            commit(files, journal)
+            commit(files, journal, journal.take())
             for file in files.values():
                 file.close()
 
@@ -134,10 +136,10 @@ def stamp(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def commit(files: Files, journal: Journal) -> None:
+def commit(files: Files, journal: Journal, lines: list[Any]) -> None:
     for file in files.values():
         file.sync()
-    journal.commit()
+    journal.commit(lines)
 
 
 def work_bounded(work: Callable[[str], Any], sizes: Mapping[str, int], jobs: int) -> Iterator[Any]:

@@ -60,12 +60,16 @@ class Journal:
         self.done[entry["name"]] = entry
         self.pending.append(entry)
 
-    def commit(self) -> None:
-        """Call it once the tensors added so far are on the disk."""
-        self.file.write(b"".join(json.dumps(line).encode() + b"\n" for line in self.pending))
+    def take(self) -> list[Any]:
+        """The lines added since the last time, to be committed."""
+        lines, self.pending = self.pending, []
+        return lines
+
+    def commit(self, lines: list[Any]) -> None:
+        """Call it once the tensors of these lines are on the disk."""
+        self.file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
         self.file.flush()
         os.fsync(self.file.fileno())
-        self.pending = []
 
     def close(self) -> None:
         self.file.close()

@@ -37,7 +37,7 @@ from weights_tools.source import find_source, open_source
 BITS = {"w8a16": 8, "w4a16": 4}
 GROUP_SIZES = {"w8a16": 0, "w4a16": 128}
 # A weight is quantised by runs of rows with about this many numbers, so that what is made on the way stays small.
-CHUNK = 1 << 20
+CHUNK = 1 << 19
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
