@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,40 @@ def test_what_verify_finds(w8a16: Path, tmp_path: Path, capsys: pytest.CaptureFi
     flip_byte(file, Q_PROJ)
     assert main(["verify", str(folder)]) == 1
     assert f"{file}: {Q_PROJ} is damaged: its sha256 is not the one in quantization.json" in capsys.readouterr().out
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 500 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", str(folder)], capture_output=True
+    ).returncode:
+        pytest.skip("only root may mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("verb", ["quantize --scheme w8a16", "split --ranks 2"])
+def test_disk_full_in_the_middle(
+    small_disk: Path, verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Another fills the disk after its room was checked; with room again, the same command goes on."""
+    name, *flags = verb.split()
+    argv = [name, str(source()), *flags, "--dst", str(small_disk / "dst")]
+    assert main(argv) == 2
+    assert "needed, 500.0 KiB free; make room" in one_line(capsys)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 0, 1 << 30))
+        assert main(argv) == 2
+    assert "No space left on device" in one_line(capsys)
+    assert [path.name for path in small_disk.iterdir()] == ["dst.partial"]
+    done = len((small_disk / "dst.partial" / JOURNAL).read_text().splitlines())
+    assert done > 1
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    assert main(argv) == 0
+    assert main(["verify", str(small_disk / "dst")]) == 0
 
 
 MISTAKES = {

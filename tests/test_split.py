@@ -227,5 +227,6 @@ def test_memory_is_about_one_tensor(checkpoint: Path, tmp_path: Path):
     for argv in (
         ["split", str(checkpoint), "--ranks", "4", "--dst", dst],
         ["verify", dst, "--against", str(checkpoint)],
+        ["quantize", str(checkpoint), "--scheme", "w8a16", "--dst", str(tmp_path / "w8a16")],
     ):
         assert peak_rss(*argv) - bare < 2.5 * largest < total / 4
