@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,9 +201,14 @@ def mistral() -> Case:
 
 
 @pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs write outputs/ into the test's own folder; nothing of a surrounding launcher leaks in."""
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Jobs write outputs/ into the test's own folder; nothing of a surrounding launcher leaks in, no log handler out
+    (it would hold a stderr that is closed with its test)."""
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    yield
+    log = logging.getLogger("mmdist")
+    log.handlers.clear()
+    log.propagate = True

@@ -14,6 +14,10 @@ class Pages:
     def __init__(self, size: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
         self.values = torch.empty(size, dtype=dtype, device=device)
 
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
     def write(self, layer: int, slots: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         """Store (tokens, kv_heads, head_dim); returns them as they will be read."""
         self.values[layer].index_copy_(0, slots, vectors)
@@ -32,6 +36,10 @@ class Int8Pages:
         self.dtype = dtype
         self.values = torch.empty(size, dtype=torch.int8, device=device)
         self.scales = torch.empty(*size[:3], 1, dtype=SCALE_DTYPE, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
 
     def write(self, layer: int, slots: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         wide = vectors.to(SCALE_DTYPE)
