@@ -68,7 +68,11 @@ def test_parts_of_a_quantised_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 CHANGES = {
     "integer": (f"{LAYER}.weight", lambda x: x.index_fill(1, torch.tensor([7]), 127), f"{LAYER}.weight is up to "),
-    "scale": (f"{LAYER}.weight_scale", lambda x: x * 1.1, "steps off, rounding explains 0.501: other weights, or"),
+    "scale": (
+        f"{LAYER}.weight_scale",
+        lambda x: x * 1.1,
+        "steps off, rounding explains 0.501: made from other weights",
+    ),
     "offset": (f"{LAYER}.weight_offset", lambda x: x + 1, "is up to 1.5 steps off"),
     "norm": ("language_model.model.norm.weight", lambda x: x + 1, "but 96 of 96 values are not those in"),
     "shape": ("language_model.model.norm.weight", lambda x: x[:-1].contiguous(), "has shape [95]"),
@@ -81,6 +85,37 @@ def test_what_rounding_does_not_explain(quantised: Path, change: str, capsys: py
     spoil(quantised / FILE, name, edit)
     code, facts = verify(quantised, "--against", source(), capsys=capsys)
     assert code == 1 and len(facts["problems"]) == 1 and words in facts["problems"][0]
+
+
+def make_uneven(folder: Path) -> None:
+    """Some columns meet inputs far larger than others', as in trained models, so that calibration scales them."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, x in tensors.items():
+            if "language_model" in name and name.endswith(("layernorm.weight", "up_proj.weight")):
+                x[3::31] *= 16
+        save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("asked", [("w8a16", "0"), ("w4a16", "16"), ("w4a16", "0")], ids="-".join)
+def test_calibrated_folders(asked: tuple[str, str], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Scaled norms and columns are seen for what they are; a change that is none of calibration's is not."""
+    make_uneven(checkpoint)
+    requests, dst = tmp_path / "requests.jsonl", tmp_path / "calibrated"
+    requests.write_text(json.dumps(Question("what ?", PICTURE, "").entry()) + "\n")
+    flags = ["--scheme", asked[0], "--group-size", asked[1], "--calibration", str(requests)]
+    assert main(["quantize", str(checkpoint), "--dst", str(dst), *flags]) == 0
+    code, facts = verify(dst, "--against", checkpoint, "--deep", capsys=capsys)
+    assert code == 0 and len(facts["layers"]) == 21 and facts["deep"]["num_rows"] == 32
+    assert min(entry["cosine"] for entry in facts["layers"]) > (0.999 if asked[0] == "w8a16" else 0.95)
+    plain = {name: x for path in checkpoint.glob("*.safetensors") for name, x in load_file(path).items()}
+    (file,) = dst.glob("*.safetensors")
+    scaled = [n for n, x in load_file(file).items() if n in plain and "norm" in n and not torch.equal(x, plain[n])]
+    assert scaled  # powers of two, which verify took for what they are
+    spoil(file, scaled[0], lambda x: x * 1.01)
+    (dst / "quantization.json").write_text(json.dumps({"tensors": [], "calibration_sha256": "0"}))
+    code, facts = verify(dst, "--against", checkpoint, capsys=capsys)
+    assert code == 1 and f"{scaled[0]} is not quantised, but " in facts["problems"][0]
 
 
 def test_missing_and_extra_tensors(quantised: Path, checkpoint: Path, capsys: pytest.CaptureFixture):

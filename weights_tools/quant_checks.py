@@ -12,8 +12,11 @@ from typing import Any
 import torch
 
 from mmdist.quant import MAX_INT, Quantized
+from weights_tools.calibrate import CLIPS
+from weights_tools.calibrated import Factors, find_factors, is_calibrated
 from weights_tools.compare import Comparison, Weights, compare, open_pair
 from weights_tools.display import byte_bar, show_table
+from weights_tools.source import find_family
 
 ROUNDING = 1e-3  # of a step: float32 arithmetic on the way
 
@@ -33,6 +36,8 @@ class LayerError:
 def check_quantised(folder: Path, against: Path) -> tuple[list[LayerError], list[str]]:
     """(errors of the quantised weights, problems in words)"""
     made, source = open_pair(folder, against)
+    calibrated = is_calibrated(folder)
+    factors = find_factors(find_family(folder), folder, made, source) if calibrated else {}
     errors: list[LayerError] = []
     problems = list(lost_names(made, source, against))
     common = sorted((name for name in made.names if name in source.names), key=natural)
@@ -42,10 +47,11 @@ def check_quantised(folder: Path, against: Path) -> tuple[list[LayerError], list
             if shapes[0] != shapes[1]:
                 problems.append(f"{folder}: {stored} is {shapes[0]}, {shapes[1]} in {against}")
             elif name in made.quantised:
-                errors.append(find_error(made, source, name))
-                problems += [f"{folder}: {stored} {words}" for words in too_far(made, name, errors[-1])]
+                errors.append(find_error(made, source, name, factors.get(name, Factors())))
+                words_of = too_far(made, name, errors[-1], calibrated=calibrated)
+                problems += [f"{folder}: {stored} {words}" for words in words_of]
             else:
-                found = compare(zip(made.blocks(name), source.blocks(name), strict=True))
+                found = compare(unscaled(made.blocks(name), source.blocks(name), factors.get(name, Factors())))
                 if not found.is_equal:
                     words = f"{found.num_values - found.num_equal} of {found.num_values} values"
                     problems.append(f"{folder}: {stored} is not quantised, but {words} are not those in {against}")
@@ -65,16 +71,29 @@ def natural(name: str) -> list[str | int]:
     return [int(word) if word.isdigit() else word for word in re.split(r"(\d+)", name)]
 
 
-def find_error(made: Weights, source: Weights, name: str) -> LayerError:
+Pairs = Iterator[tuple[torch.Tensor, torch.Tensor]]
+
+
+def unscaled(blocks: Iterator[torch.Tensor], source: Iterator[torch.Tensor], factors: Factors) -> Pairs:
+    """Blocks of both, the first without what calibration multiplied it by."""
+    first = 0
+    for block, rows in zip(blocks, source, strict=True):
+        yield block / factors.block(first, block) if block.is_floating_point() else block, rows
+        first += len(block)
+
+
+def find_error(made: Weights, source: Weights, name: str, factors: Factors) -> LayerError:
     steps: list[float] = []
 
-    def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def numbers() -> Iterator[torch.Tensor]:
+        first = 0
         for block, rows in zip(made.quantised_blocks(name), source.blocks(name), strict=True):
-            numbers = block.dequantize()
-            steps.append(count_steps(block, numbers - rows.float()))
-            yield numbers, rows
+            dequantized = block.dequantize()
+            steps.append(count_steps(block, dequantized - rows.float() * factors.block(first, rows)))
+            yield dequantized
+            first += len(rows)
 
-    comparison = compare(pairs())
+    comparison = compare(unscaled(numbers(), source.blocks(name), factors))
     return LayerError(made.names[name].removesuffix(".weight"), comparison, max(steps))
 
 
@@ -84,13 +103,16 @@ def count_steps(block: Quantized, error: torch.Tensor) -> float:
     return float((largest / block.scale.float()).max())
 
 
-def too_far(made: Weights, name: str, error: LayerError) -> Iterator[str]:
-    """Words on an error that rounding to the nearest integer, and of the scale as it is stored, does not explain."""
+def too_far(made: Weights, name: str, error: LayerError, *, calibrated: bool) -> Iterator[str]:
+    """Words on an error that rounding to the nearest integer, and of the scale as it is stored, does not explain; where
+    it was calibrated, cutting off the largest magnitudes."""
     assert made.format is not None, "tensors are quantised in a format"
     scale = made.checkpoint.dtype(made.quantised[name]["weight_scale"])
-    limit = 0.5 + MAX_INT[made.format.scheme.bits] * torch.finfo(scale).eps + ROUNDING
+    cut_off = 1 / min(CLIPS) - 1 if calibrated else 0
+    limit = 0.5 + MAX_INT[made.format.scheme.bits] * (torch.finfo(scale).eps + cut_off) + ROUNDING
     if not error.max_steps <= limit:
-        yield f"is up to {error.max_steps:.3g} steps off, rounding explains {limit:.3g}: other weights, or calibrated"
+        explained = "rounding and calibration explain" if calibrated else "rounding explains"
+        yield f"is up to {error.max_steps:.3g} steps off, {explained} {limit:.3g}: made from other weights?"
 
 
 def show_errors(errors: list[LayerError]) -> None:
