@@ -71,11 +71,16 @@ class Weights:
         stored = {leaf: self.checkpoint.read_whole(part) for leaf, part in self.quantised[name].items()}
         rows, columns = self.shape(name)
         for first in range(0, rows, rows_of(columns)):
-            yield self.format.read({leaf: x[first : first + rows_of(columns)] for leaf, x in stored.items()})
+            last = min(rows, first + rows_of(columns))
+            # Where two rows share a byte, a tensor has half as many.
+            yield self.format.read(
+                {leaf: x[first * len(x) // rows : last * len(x) // rows] for leaf, x in stored.items()}
+            )
 
 
 def rows_of(columns: int) -> int:
-    return max(1, BLOCK // max(1, columns))
+    """An even number."""
+    return 2 * max(1, BLOCK // max(1, 2 * columns))
 
 
 def open_as_stored(folder: Path) -> Checkpoint:
