@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import Case, answers, config_for, run_engine
 from quant_cases import W4, description, golden, quantize, tensors
+from safetensors.torch import load_file, save_file
 from split_cases import one_line, source, spoil
 
 from mmdist.config import QuantConfig, UserError
@@ -152,4 +153,24 @@ def test_offsets_that_are_not_zero(w8a16: Path, tmp_path: Path, capsys: pytest.C
     assert found[0] == answer[0] and np.abs(np.subtract(found[1], answer[1])).max() < 0.05  # what 127 - 3 cut off
     capsys.readouterr()
     assert main(["quantize", str(folder), "--scheme", "w8a16", "--dst", str(tmp_path / "again")]) == 2
-    assert "quantised already, as w8a16" in one_line(capsys)
+    words = "quantised already, as w8a16, with offsets that are not zero: msmodelslim's formula subtracts them"
+    assert words in one_line(capsys)
+
+
+def test_files_as_msmodelslims_writers_name_them(tmp_path: Path) -> None:
+    """The older Calibrator's, and the command line's parts with their index; files that may only be read."""
+    wanted = first_answer(golden(), config_for(golden()))
+    older, parts = (Path(shutil.copytree(golden().checkpoint, tmp_path / name)) for name in ("older", "parts"))
+    (older / "quant_model_description.json").rename(older / "quant_model_description_w8a16.json")
+    (file,) = parts.glob("*.safetensors")
+    stored = sorted(load_file(file).items())
+    names = [f"quant_model_weights-{n:05d}-of-00002.safetensors" for n in (1, 2)]
+    for name, part in zip(names, (stored[:70], stored[70:]), strict=True):
+        save_file(dict(part), parts / name)
+        (parts / name).chmod(0o400)
+    file.unlink()
+    weight_map = {key: names[number >= 70] for number, (key, _) in enumerate(stored)}
+    (parts / "quant_model_weights.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for folder in (older, parts):
+        assert first_answer(golden(), config_for(folder)) == wanted
+        assert main(["verify", str(folder)]) == 0

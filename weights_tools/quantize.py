@@ -38,6 +38,7 @@ BITS = {"w8a16": 8, "w4a16": 4}
 GROUP_SIZES = {"w8a16": 0, "w4a16": 128}
 # A weight is quantised by runs of rows with about this many numbers, so that what is made on the way stays small.
 CHUNK = 1 << 19
+NOT_PORTABLE = "msmodelslim's formula subtracts them, the NPU's operator adds them"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -191,7 +192,10 @@ def find_weights(model: str, src: Path) -> set[str]:
     """Names in the files of the linear layers' weights; refuses a source that is not plain and whole."""
     held = find_format(src)
     if held is not None:
-        raise UserError(f"{src}: quantised already, as {held.scheme.name}; give the plain checkpoint it was made from")
+        offsets = f", with offsets that are not zero: {NOT_PORTABLE}" if has_offsets(src) else ""
+        raise UserError(
+            f"{src}: quantised already, as {held.scheme.name}{offsets}; give the plain checkpoint it was made from"
+        )
     family, source = find_model(model), open_source(model, src)
     built = build_model(family, load_model_config(family, src), TP())
     plan = shard_plan(built, TP())
@@ -199,6 +203,11 @@ def find_weights(model: str, src: Path) -> set[str]:
     check_plain(built, plan, source)
     params = {f"{name}.weight" for name, _ in linears(built)}
     return {source.names[placement.name] for placement in plan.values() if placement.param in params}
+
+
+def has_offsets(src: Path) -> bool:
+    checkpoint = Checkpoint(src, {})
+    return any(checkpoint.read_whole(name).any() for name in checkpoint.names if name.endswith(".weight_offset"))
 
 
 def check_group_size(scheme: Scheme, columns: dict[str, int], src: Path) -> None:
