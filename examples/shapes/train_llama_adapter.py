@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from packing import (
     sample_question,
 )
 from patches import measure_patches, normalize, patch_loss, pick_labels, place_loss, word_directions, word_readers
+from recipe import build_parser, init_run, say_saved
 from sentencepieces import UNK
 from slots import SlotHeads, label_slots, measure_slots, slot_loss
 from squares import Squares, make_squares
@@ -136,22 +136,9 @@ def make_rows(pictures: Squares, picks: np.ndarray, rng: np.random.Generator) ->
     return pack_rows([m.find_prefix()] * len(picks), draw_segment, length=ROW_LENGTH, pad=UNK)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--base", type=Path, default=BASE, help="the small LLaVA-NeXT to start from")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--pictures", type=int, default=12000)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--state", type=Path, help="file that keeps the training state; goes on from it if it exists")
-    return parser.parse_args()
-
-
 def main() -> None:
-    args = parse_args()
-    started = time.time()
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
+    args = build_parser(__doc__, pictures=12000, base=BASE).parse_args()
+    started = init_run(args)
     pictures, held_out = make_squares(args.seed, args.pictures, m.FORM), make_squares(args.seed + 1, 150, m.FORM)
     print(f"{len(pictures)} pictures in {time.time() - started:.0f} s", flush=True)
     heads = SlotHeads(m.CLIP["projection_dim"], m.CLIP["hidden_size"], (m.FORM.patch // 2) ** 2, m.PARAMS["dim"])
@@ -159,7 +146,7 @@ def main() -> None:
     for stage in trainer.stages():
         run_stage(trainer.learner, stage)
     save_checkpoint(trainer.model, args.out)
-    print(f"saved {args.out} after {(time.time() - started) / 60:.1f} min", flush=True)
+    say_saved(args.out, started)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from loop import Learner
 from model_llava import FORM, build_model, save_checkpoint
 from packing import Rows, insert_features
 from patches import PatchHeads, word_directions, word_readers
+from recipe import build_parser, init_run, say_saved
 from rows import WORD_IDS, encode
 from square_stages import Round, Trainee, run_answer_stage, run_patch_stage
 from squares import make_squares
@@ -50,22 +50,9 @@ def build_trainee(learner: Learner) -> Trainee:
     )
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--base", type=Path, default=BASE, help="the small LLaVA-NeXT to start from")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--pictures", type=int, default=8000)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--state", type=Path, help="file that keeps the training state; goes on from it if it exists")
-    return parser.parse_args()
-
-
 def main() -> None:
-    args = parse_args()
-    started = time.time()
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
+    args = build_parser(__doc__, pictures=8000, base=BASE).parse_args()
+    started = init_run(args)
     squares = make_squares(args.seed, args.pictures, FORM)
     held_out = make_squares(args.seed + 1, 150, FORM)
     print(f"{len(squares)} pictures in {time.time() - started:.0f} s", flush=True)
@@ -73,7 +60,7 @@ def main() -> None:
     run_patch_stage(trainee, squares, 100, dict.fromkeys(VISION, 1e-3))
     run_answer_stage(trainee, squares, held_out, ROUND)
     save_checkpoint(trainee.learner.model, args.out)
-    print(f"saved {args.out} after {(time.time() - started) / 60:.1f} min", flush=True)
+    say_saved(args.out, started)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from model_llava_next_video import FORM, FRAME_TOKENS, VIDEO, build_model, pool,
 from packing import Rows, Segment, Tally, answer_loss, describe, draw_turns, insert_features, pack_rows
 from patches import PatchHeads, normalize, patch_loss, pick_labels, place_loss, word_directions, word_readers
 from questions import KINDS
+from recipe import build_parser, init_run, say_saved
 from rows import NEWLINE, WORD_IDS, Pictures, encode, make_batch, make_pictures
 from stages import WEIGHTS as PICTURE_WEIGHTS
 
@@ -110,23 +111,15 @@ def report(learner: Learner, clips: Clips, pictures: Pictures) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--base", type=Path, default=BASE, help="the small LLaVA-NeXT to start from")
-    parser.add_argument("--seed", type=int, default=1)
+    parser = build_parser(__doc__, pictures=3000, base=BASE)
     parser.add_argument("--clips", type=int, default=8000)
-    parser.add_argument("--pictures", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--state", type=Path, help="file that keeps the training state; goes on from it if it exists")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    started = time.time()
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
+    started = init_run(args)
     clips, held_out = (make_clips(args.seed + i, count, FORM) for i, count in enumerate((args.clips, 150)))
     pictures, held_out_pictures = (make_pictures(args.seed + i, count) for i, count in enumerate((args.pictures, 100)))
     print(f"{len(clips)} clips, {len(pictures.scenes)} pictures in {time.time() - started:.0f} s", flush=True)
@@ -134,7 +127,7 @@ def main() -> None:
     loss_of, found = partial(step_loss, learner, clips, pictures), partial(report, learner, held_out, held_out_pictures)
     run_stage(learner, Stage("B", args.steps, 50, RATES, loss_of, found))
     save_checkpoint(learner.model, args.out)
-    print(f"saved {args.out} after {(time.time() - started) / 60:.1f} min", flush=True)
+    say_saved(args.out, started)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from mmdist.models.minigpt4_vision import MiniGPT4Encoder
 from packing import IGNORED, Rows, Segment, Tally, answer_loss, describe, pack_rows, sample_question
 from patches import measure_patches, normalize, patch_loss, pick_labels, place_loss, word_directions, word_readers
 from questions import KINDS
+from recipe import build_parser, init_run, say_saved
 from sentencepieces import UNK
 from slots import NUM_PROMPTS, SlotHeads, label_slots, measure_slots, slot_loss
 from squares import Squares, make_squares
@@ -131,22 +131,9 @@ class Trainer:
         ]
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the original files")
-    parser.add_argument("--base", type=Path, default=BASE, help="the small LLaVA-NeXT to start from")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--pictures", type=int, default=8000)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--state", type=Path, help="file that keeps the training state; goes on from it if it exists")
-    return parser.parse_args()
-
-
 def main() -> None:
-    args = parse_args()
-    started = time.time()
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
+    args = build_parser(__doc__, pictures=8000, base=BASE).parse_args()
+    started = init_run(args)
     pictures, held_out = make_squares(args.seed, args.pictures, m.FORM), make_squares(args.seed + 1, 150, m.FORM)
     print(f"{len(pictures)} pictures in {time.time() - started:.0f} s", flush=True)
     config = m.build_config()
@@ -156,7 +143,7 @@ def main() -> None:
     for stage in trainer.stages():
         run_stage(trainer.learner, stage)
     save_checkpoint(trainer.model, m.TOKENIZER, args.out)
-    print(f"saved {args.out} after {(time.time() - started) / 60:.1f} min", flush=True)
+    say_saved(args.out, started)
 
 
 if __name__ == "__main__":

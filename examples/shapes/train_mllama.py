@@ -28,6 +28,7 @@ from patches import (
     word_readers,
 )
 from questions import KINDS
+from recipe import build_parser, init_run, say_saved
 
 BASE = Path(__file__).parents[2] / "assets" / "llava_next-shapes"
 FAMILY = FAMILIES["mllama"]
@@ -127,22 +128,14 @@ def report_answers(learner: Learner, canvases: Canvases) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--base", type=Path, default=BASE, help="the small LLaVA-NeXT to start from")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--pictures", type=int, default=8000)
+    parser = build_parser(__doc__, pictures=8000, base=BASE)
     parser.add_argument("--steps", type=int, nargs=2, default=(300, 600), help="of the patch loss, and of answers")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--state", type=Path, help="file that keeps the training state; goes on from it if it exists")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    started = time.time()
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
+    started = init_run(args)
     drawn = (FAMILY.mean_side, FAMILY.aspects)
     canvases, held_out = (make_canvases(args.seed + i, count, *drawn) for i, count in enumerate((args.pictures, 150)))
     print(f"{len(canvases)} pictures in {time.time() - started:.0f} s", flush=True)
@@ -154,7 +147,7 @@ def main() -> None:
     loss_of, report = partial(answers_loss, learner, canvases), partial(report_answers, learner, held_out)
     run_stage(learner, Stage("B", answer_steps, 100, RATES, loss_of, report))
     m.save_checkpoint(learner.model, args.out)
-    print(f"saved {args.out} after {(time.time() - started) / 60:.1f} min", flush=True)
+    say_saved(args.out, started)
 
 
 if __name__ == "__main__":

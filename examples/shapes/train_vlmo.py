@@ -24,6 +24,7 @@ from mmdist.models.vlmo_blocks import BOTH, IMAGE, TEXT
 from packing import sample_question
 from patches import LookHeads, measure_patches, normalize, patch_loss, pick_labels
 from questions import list_items
+from recipe import build_parser, init_run
 from squares import Squares, make_squares
 
 # Kinds of questions and how often each is asked.
@@ -148,21 +149,9 @@ def start_retrieval(vqa: Vlmo) -> Vlmo:
     return model
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the two checkpoints")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--pictures", type=int, default=12000)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--state", type=Path, help="beginning of the files that keep the training state")
-    return parser.parse_args()
-
-
 def main() -> None:
-    args = parse_args()
-    started = time.time()
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
+    args = build_parser(__doc__, pictures=12000).parse_args()
+    started = init_run(args)
     pictures, held_out = make_squares(args.seed, args.pictures, m.FORM), make_squares(args.seed + 1, 600, m.FORM)
     print(f"{len(pictures)} pictures in {time.time() - started:.0f} s", flush=True)
     everything = ("embeddings.", "blocks.", "position_bias.", "output.")
