@@ -174,3 +174,14 @@ def test_files_as_msmodelslims_writers_name_them(tmp_path: Path) -> None:
     for folder in (older, parts):
         assert first_answer(golden(), config_for(folder)) == wanted
         assert main(["verify", str(folder)]) == 0
+
+
+def test_quantised_and_cut_in_one_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--ranks writes what split makes of the quantised folder, and refuses at once a size that it cannot be cut for."""
+    words = ["quantize", str(source()), "--dst", str(tmp_path / "q"), "--scheme", "w4a16", "--group-size", "32"]
+    assert main([*words, "--ranks", "8"]) == 2
+    assert "legal sizes: 1" in capsys.readouterr().err and not (tmp_path / "q").exists()
+    assert main([*words[:-2], "--group-size", "0", "--ranks", "2"]) == 0
+    assert main(["split", str(tmp_path / "q"), "--ranks", "2", "--dst", str(tmp_path / "apart")]) == 0
+    for file in (tmp_path / "apart").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "q-tp2" / file.name).read_bytes()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mmdist.config import UserError
-from mmdist.models.family import build_model, find_model, load_model_config
+from mmdist.models.family import build_model, check_world_size, find_model, load_model_config
 from mmdist.models.quantized import check_plain, linears
 from mmdist.plan import shard_plan
 from mmdist.quant import FORMATS, Scheme
@@ -28,11 +28,12 @@ from mmdist.weights import Checkpoint, sha256
 from weights_tools.calibrate import Calibration, calibrate
 from weights_tools.convert import WORDS, group_files, index_text, num_bytes
 from weights_tools.display import size_words
-from weights_tools.folder import QUANTIZATION, absolute, other_files
-from weights_tools.job import Files, FolderJob, add_job_arguments
+from weights_tools.folder import QUANTIZATION, absolute, check_target, other_files
+from weights_tools.job import Files, FolderJob, add_job_arguments, whole_number
 from weights_tools.part_file import Layout
 from weights_tools.quant_folder import CONFIG, QuantFolder, quant_folder
 from weights_tools.source import find_source, open_source
+from weights_tools.split import SplitJob
 
 BITS = {"w8a16": 8, "w4a16": 4}
 GROUP_SIZES = {"w8a16": 0, "w4a16": 128}
@@ -42,7 +43,6 @@ NOT_PORTABLE = "msmodelslim's formula subtracts them, the NPU's operator adds th
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "For N ranks: quantize, then split the quantised folder; each rank's file then has its integers."
     parser.add_argument("model", metavar="MODEL", help="a family as in conf/model, or a checkpoint folder")
     parser.add_argument("--scheme", choices=BITS, required=True, help="bits of weights; activations stay as they are")
     parser.add_argument(
@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--src", metavar="DIR", help="the checkpoint; default: the family's demo_checkpoint")
     parser.add_argument("--dst", metavar="DIR", help="the folder to write; default: beside the source, SRC-SCHEME")
+    parser.add_argument("--ranks", type=whole_number, metavar="N", help="cut it for N ranks too, as DST-tpN")
     parser.add_argument(
         "--calibration", metavar="FILE",
         help="requests as task=generate takes them: weights are scaled and clipped for what these put into the layers",
@@ -69,6 +70,10 @@ def run(args: argparse.Namespace) -> int:
     group_size = GROUP_SIZES[args.scheme] if args.group_size is None else args.group_size
     job = QuantizeJob(model, src, args.format, Scheme(BITS[args.scheme], group_size))
     job.check(dst, force=args.force)
+    cut = None if args.ranks is None else dst.with_name(f"{dst.name}-tp{args.ranks}")
+    if cut is not None:
+        job.check_ranks(args.ranks)
+        check_target(cut, args.force, SplitJob.verb)
     if args.calibration is not None:
         job.calibrate(absolute(args.calibration))
     if not args.dry_run:
@@ -78,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
     sizes = f"{size_words(sum(job.sizes.values()))} -> {size_words(sum(job.file_sizes().values()))}"
     words = "; nothing was written" if args.dry_run else ""
     print(f"{dst}: {len(job.weights)} of {len(job.sizes)} tensors quantised as {args.scheme}, {sizes}{words}")
+    if cut is not None and not args.dry_run:
+        SplitJob(model, dst, args.ranks).write(cut, force=args.force, jobs=args.jobs)
+        print(f"{cut}: the same for {args.ranks} ranks")
     return 0
 
 
@@ -116,6 +124,11 @@ class QuantizeJob(FolderJob):
             for file, names in files.items()
         }
         return layouts, {name: file for file, names in files.items() for name in names}
+
+    def check_ranks(self, size: int) -> None:
+        """Refuse a world size that what is written could not be cut for."""
+        family = find_model(self.model)
+        check_world_size(family, load_model_config(family, self.src), size, self.folder.format)
 
     def calibrate(self, requests: Path) -> None:
         """Before write(): what the requests put into the layers decides the integers."""
