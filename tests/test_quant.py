@@ -99,6 +99,16 @@ def test_the_product_is_that_of_the_weight(scheme: Scheme, dtype: torch.dtype) -
         assert error <= (1e-4 if dtype == torch.float32 else 0.03 * wanted.abs().max())
 
 
+def test_rows_that_fill_no_vector() -> None:
+    """torch's int8 product reads beyond such a weight: wrong numbers in most calls, or a crash."""
+    for columns in (8, 12, 24, 344):
+        weight = quantize(weights(48, columns), Scheme(8))
+        linear, x = quantized_linear(weight), torch.randn(3, columns, dtype=torch.bfloat16)
+        wanted = x.float() @ weight.dequantize().T
+        for _ in range(20):
+            assert (linear(x, None).float() - wanted).abs().max() <= 0.03 * wanted.abs().max()
+
+
 def test_offsets_are_subtracted() -> None:
     """(q - offset) * scale, as the formula says; the NPU's operator adds."""
     weight = Quantized(8, torch.tensor([[10, -3]], dtype=torch.int8), torch.tensor([[0.5]]), torch.tensor([[2.0]]))

@@ -12,6 +12,8 @@ from mmdist.quant import Quantized
 
 # From this many rows on, a product over integers turned back costs less than the one over integers themselves.
 MANY_ROWS = 12
+# torch's int8 product reads beyond the weight when a row does not fill its vectors (torch 2.13, bfloat16).
+INT8_COLUMNS = 16
 
 
 class Linear(Protocol):
@@ -45,11 +47,11 @@ class Int8Linear:
 
     def __init__(self, weight: Quantized):
         self.q, self.scale = weight.q, weight.scale.flatten()
-        self.on_cpu = weight.q.device.type == "cpu"
+        self.fits_product = weight.q.device.type == "cpu" and weight.q.shape[1] % INT8_COLUMNS == 0
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows = x.flatten(0, -2)
-        if self.on_cpu and len(rows) < MANY_ROWS:
+        if self.fits_product and len(rows) < MANY_ROWS:
             y = torch._weight_int8pack_mm(rows, self.q, self.scale.to(x.dtype))
         else:
             y = (F.linear(rows, self.q.to(x.dtype)) * self.scale).to(x.dtype)
