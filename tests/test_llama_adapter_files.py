@@ -71,7 +71,7 @@ def test_both_forms_of_clip_give_the_same(tmp_path: Path) -> None:
     left, right = (load_file(folder / "model.safetensors") for folder in (BIAS.checkpoint, tmp_path / "plain"))
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
     ignored = json.loads((BIAS.checkpoint / "conversion.json").read_text())["ignored"]
-    assert {"input_resolution", "context_length", "vocab_size"} <= set(ignored)
+    assert {"input_resolution", "context_length", "vocab_size", "rope.freqs"} <= set(ignored)
 
 
 def test_several_files_to_choose_from(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

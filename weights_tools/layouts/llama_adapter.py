@@ -71,7 +71,7 @@ def read(source: Source) -> Converted:
     ignored += drop_unused_gates(adapter, config)
     tensors = {**llama.tensors, **vision, **visual_tensors(adapter), **adapter_tensors(adapter, config)}
     adapter.finish()
-    return Converted(config, tensors, {TOKENIZER: llama.tokenizer}, ignored)
+    return Converted(config, tensors, {TOKENIZER: llama.tokenizer}, [*llama.ignored, *ignored])
 
 
 def find_llama(source: Source) -> Path:

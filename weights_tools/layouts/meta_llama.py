@@ -47,11 +47,13 @@ KNOWN = {"vocab_size"} | COUNTS | FRACTIONS | RUNNERS
 
 @dataclass
 class MetaLlama:
-    """text_config: for LlamaConfig. tensors: under `decoder.` and `lm_head.`. tokenizer: tokenizer.model."""
+    """text_config: for LlamaConfig. tensors: under `decoder.` and `lm_head.`. tokenizer: tokenizer.model.
+    ignored: names known to be of no use."""
 
     text_config: dict[str, Any]
     tensors: dict[str, Stored]
     tokenizer: Path
+    ignored: list[str]
 
 
 def is_meta_llama(folder: Path) -> bool:
@@ -63,8 +65,8 @@ def read_meta_llama(source: Source, folder: Path, *, max_position_embeddings: in
     tokenizer = find_tokenizer(folder)
     text_config = read_params(source, folder, tokenizer) | {"max_position_embeddings": max_position_embeddings}
     parts = [source.tensors(path) for path in find_parts(folder)]
-    tensors = join_parts(parts, text_config)
-    return MetaLlama(text_config, tensors, tokenizer)
+    ignored = sorted({name for part in parts for name in part.drop(UNUSED)})
+    return MetaLlama(text_config, join_parts(parts, text_config), tokenizer, ignored)
 
 
 def find_parts(folder: Path) -> list[Path]:
@@ -155,7 +157,6 @@ def join_parts(parts: list[Tensors], text_config: dict[str, Any]) -> dict[str, S
             stored = join(pieces, cut_dim, head_dim if stem in ROTARY else None)
             tensors[f"decoder.layers.{layer}.{ours}.weight"] = stored
     for part in parts:
-        part.drop(UNUSED)
         part.finish()
     return tensors
 

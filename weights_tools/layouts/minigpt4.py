@@ -223,7 +223,7 @@ def read_language(source: Source, llama_length: int) -> Language:
     folder = source.path(LANGUAGE)
     if is_meta_llama(folder):
         llama = read_meta_llama(source, folder, max_position_embeddings=llama_length)
-        return Language(llama.text_config, llama.tensors, llama.tokenizer, [])
+        return Language(llama.text_config, llama.tensors, llama.tokenizer, llama.ignored)
     path = source.path(f"{LANGUAGE}/config.json")
     stored = source.json(path)
     if stored.get("model_type") != "llama" or "vocab_size" not in stored:
