@@ -12,6 +12,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
+KERNELS = ("auto", "plain", "portable", "avx2", "avx512", "avx512_bf16")
 KV_CACHE_DTYPES = ("auto", "int8")
 QUANT_SCHEMES = ("auto", "none", "w8a16", "w4a16")
 FREE_TEXT_KEYS = (
@@ -75,9 +76,13 @@ class HardwareConfig:
     threads_per_rank: int | None = key(
         None, "CPU threads of a rank; default: OMP_NUM_THREADS, else its share of the cores"
     )
+    kernels: str = key(
+        "auto", "on a CPU: auto (the best native ones), portable, avx2, avx512, avx512_bf16, or plain (torch)"
+    )
 
     def __post_init__(self) -> None:
         require(self.device in DEVICES, "hardware.device", self.device, "|".join(DEVICES))
+        require(self.kernels in KERNELS, "hardware.kernels", self.kernels, "|".join(KERNELS))
         require(
             0 < self.memory_utilization <= 1,
             "hardware.memory_utilization",

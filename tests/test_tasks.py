@@ -14,7 +14,7 @@ from conftest import CPU, Case, config_for
 from PIL import Image
 
 import launch
-from mmdist.config import GenerateConfig, ModelConfig, SamplingParams, UserError
+from mmdist.config import KERNELS, GenerateConfig, ModelConfig, SamplingParams, UserError
 from mmdist.engine.load import load_engine, open_model
 from mmdist.engine.memory import rank_memory
 from mmdist.tasks import chat, generate
@@ -205,9 +205,11 @@ def test_plan_says_no(mistral: Case, monkeypatch: Any, capsys: Any) -> None:
     assert code == 2 and made["fits"] is False and made["legal_world_sizes"] == [1, 2, 4, 8]
     code, made = plan(monkeypatch, capsys, *arguments, "world_size=2", "hardware.memory_gib=0.01")
     assert code == 1 and made["fits"] is False and len(made["ranks"]) == 2
-    assert main(monkeypatch, "task=plan", *arguments, "world_size=2") == 0
+    assert made["kernels"]["level"] in KERNELS[1:]
+    assert main(monkeypatch, "task=plan", *arguments, "world_size=2", "hardware.kernels=plain") == 0
     table = capsys.readouterr().out
     assert "legal sizes: 1, 2, 4, 8" in table and "on rank 0 alone" in table
+    assert "kernels: plain (torch's own)" in table
 
 
 def test_what_does_not_fit_is_refused_before_loading(mistral: Case) -> None:

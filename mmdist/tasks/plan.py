@@ -12,6 +12,7 @@ from mmdist.config import PlanConfig, UserError
 from mmdist.engine.load import asked_world_size, find_checkpoint, open_model
 from mmdist.engine.memory import RankMemory, rank_memory
 from mmdist.models.family import check_world_size, find_model, legal_world_sizes, load_model_config
+from mmdist.native.build import describe_kernels
 from mmdist.tp import TP
 
 ON_RANKS = False
@@ -65,6 +66,7 @@ def make_plan(config: PlanConfig, size: int, device: str) -> dict[str, Any]:
     ]
     return {
         "fits": all(rank.total <= memory for rank in ranks),
+        "kernels": describe_kernels(config.hardware.kernels if device == "cpu" else "plain"),
         "allreduce_bytes_per_token": reduced,
         "memory_per_rank": memory,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -88,5 +90,6 @@ def table(plan: dict[str, Any]) -> str:
         if names:
             lines.append(f"{len(names):5} tensors {meaning}, e.g. {names[0]}")
     lines += ["", f"all-reduced a token: {plan['allreduce_bytes_per_token']} bytes"]
+    lines.append(f"kernels: {plan['kernels']['level']} ({plan['kernels']['detail']})")
     lines.append(f"{'fits' if plan['fits'] else 'does NOT fit'} {plan['memory_per_rank'] / GIB:.2f} GiB a rank")
     return "\n".join(lines)
