@@ -21,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mmdist.config import UserError
+from mmdist.kernels.kernels import Kernels
 from mmdist.manifest import MANIFEST, PART_FILES, load_manifest, part_file
 from mmdist.plan import Placement, Plan
 from mmdist.tp import TP
@@ -63,7 +64,7 @@ def open_safetensors(path: Path) -> Any:
 class FinishesLoading(Protocol):
     """A module with something left to do once the weights are there: values no checkpoint stores, packing."""
 
-    def after_load(self, device: torch.device) -> None: ...
+    def after_load(self, kernels: Kernels) -> None: ...
 
 
 class Checkpoint:
@@ -239,7 +240,7 @@ def open_checkpoint(folder: Path, renames: Renames, ignored: Sequence[str], tp: 
     return Checkpoint(folder, renames, ignored)
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint, plan: Plan, tp: TP, device: torch.device) -> int:
+def load_weights(model: nn.Module, checkpoint: Checkpoint, plan: Plan, tp: TP, kernels: Kernels) -> int:
     """Fill a model built on meta with this rank's part of the checkpoint; returns the bytes read.
 
     Parameters that live on rank 0 alone stay on meta elsewhere and take no memory. A module finishes (packs, say) as
@@ -252,7 +253,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, plan: Plan, tp: TP, d
     for placement in with_progress(mine, show=tp.rank == 0):
         target = params[placement.param]
         if target.is_meta:
-            target = nn.Parameter(torch.zeros_like(target, device=device), requires_grad=False)
+            target = nn.Parameter(torch.zeros_like(target, device=kernels.device), requires_grad=False)
             params[placement.param] = target
             assign(model, placement.param, target)
         bytes_read += fill(target, placement, checkpoint.read(placement, tp))
@@ -260,9 +261,9 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, plan: Plan, tp: TP, d
         missing[module_of(placement)] -= 1
         if not missing[module_of(placement)]:
             params = {name: param for name, param in params.items() if name.rpartition(".")[0] != module_of(placement)}
-            finish(modules.pop(module_of(placement)), device)
+            finish(modules.pop(module_of(placement)), kernels)
     for module in modules.values():
-        finish(module, device)
+        finish(module, kernels)
     return bytes_read
 
 
@@ -270,9 +271,9 @@ def module_of(placement: Placement) -> str:
     return placement.param.rpartition(".")[0]
 
 
-def finish(module: nn.Module, device: torch.device) -> None:
+def finish(module: nn.Module, kernels: Kernels) -> None:
     if isinstance(module, FinishesLoading):
-        module.after_load(device)
+        module.after_load(kernels)
 
 
 def fill(param: torch.Tensor, placement: Placement, part: torch.Tensor) -> int:

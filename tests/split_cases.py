@@ -11,6 +11,7 @@ import torch
 from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
 
+from mmdist.kernels.kernels import Kernels
 from mmdist.models.family import build_model, find_model, load_model_config
 from mmdist.plan import shard_plan
 from mmdist.tp import TP
@@ -61,7 +62,7 @@ def load(folder: Path, tp: TP) -> dict[str, torch.Tensor]:
     plan = shard_plan(model, tp)
     checkpoint = open_checkpoint(folder, family.renames, family.ignored, tp)
     checkpoint.check(plan, "llava_next")
-    load_weights(model, checkpoint, plan, tp, torch.device("cpu"))
+    load_weights(model, checkpoint, plan, tp, Kernels(torch.device("cpu")))
     return {name: param for name, param in model.named_parameters() if not param.is_meta}
 
 

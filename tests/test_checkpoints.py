@@ -21,6 +21,7 @@ from mmdist.config import SamplingParams
 from mmdist.engine.engine import Engine
 from mmdist.engine.load import load_engine, open_model
 from mmdist.engine.request import Request
+from mmdist.kernels.kernels import Kernels
 from mmdist.models.family import build_model, find_model, legal_world_sizes, load_model_config
 from mmdist.tasks.requests import user_message
 from mmdist.tp import TP
@@ -180,7 +181,7 @@ def test_a_rank_reads_only_its_own_slices(case: Case, size: int) -> None:
         model, plan, checkpoint, _ = open_model(config_for(case), tp, "cpu")
         mine = [placement for placement in plan.values() if placement.held_by(tp)]
         own = sum(math.prod(p.part_shape(tp)) * checkpoint.dtype(p.name).itemsize for p in mine)
-        assert load_weights(model, checkpoint, plan, tp, torch.device("cpu")) == own
+        assert load_weights(model, checkpoint, plan, tp, Kernels(torch.device("cpu"))) == own
         assert rank == 0 or all(param.is_meta for param in model.vision.parameters())
 
 

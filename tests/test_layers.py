@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mmdist.kernels import plain
+from mmdist.kernels.kernels import Kernels
 from mmdist.layers.attention import Attention, Context
 from mmdist.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from mmdist.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -39,7 +40,7 @@ def parallel(build: Callable[[TP], nn.Module], size: int, folder: Path, call: Ca
         with torch.device("meta"):
             layer = build(tp)
         plan = shard_plan(layer, tp)
-        load_weights(layer, Checkpoint(folder, {}), plan, tp, torch.device("cpu"))
+        load_weights(layer, Checkpoint(folder, {}), plan, tp, Kernels(torch.device("cpu")))
         with torch.inference_mode():
             return call(layer)
 

@@ -17,6 +17,7 @@ from mmdist.engine.cache import cache_shape
 from mmdist.engine.encoder import EncoderEngine
 from mmdist.engine.engine import Engine
 from mmdist.engine.memory import RankMemory, rank_memory
+from mmdist.kernels.native import find_kernels
 from mmdist.manifest import MANIFEST, load_manifest
 from mmdist.models.base import EncoderModel, Model, MultimodalModel
 from mmdist.models.family import build_model, check_world_size, find_model, load_model_config
@@ -106,9 +107,11 @@ def find_quant(config: Config) -> tuple[WeightFormat | None, Scheme | None]:
 def load_engine(config: Config, tp: TP, backend: Backend) -> AnyEngine:
     model, plan, checkpoint, model_config = open_model(config, tp, backend.device.type)
     settings = fit_memory(config, model, plan, tp, backend)
+    kernels = find_kernels(config.hardware.kernels, backend.device, model.dtype)
     start = time.perf_counter()
-    bytes_read = load_weights(model, checkpoint, plan, tp, backend.device)
-    log.info("%.1f MB of weights in %.1f s, %s", bytes_read / 1e6, time.perf_counter() - start, model.dtype)
+    bytes_read = load_weights(model, checkpoint, plan, tp, kernels)
+    took = time.perf_counter() - start
+    log.info("%.1f MB of weights in %.1f s, %s, kernels: %s", bytes_read / 1e6, took, model.dtype, kernels.level)
     on_rank_zero = tp.rank == 0
     processor = type(model).load_processor(checkpoint.folder, model_config, config.model) if on_rank_zero else None
     if isinstance(model, EncoderModel):

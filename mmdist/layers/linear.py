@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmdist.config import UserError
-from mmdist.kernels import packed
-from mmdist.kernels.linear import Linear, PackedLinear, quantized_linear
+from mmdist.kernels.kernels import Kernels
+from mmdist.kernels.linear import Linear
 from mmdist.plan import Piece, Shard
 from mmdist.quant import Quantized, Scheme, WeightFormat, find_amax, quantize
 from mmdist.tp import TP
@@ -65,16 +65,16 @@ class ParallelWeight(nn.Module):
             return others - self.weight.nbytes + self.scheme.num_bytes(*self.weight.shape)
         return others
 
-    def after_load(self, device: torch.device) -> None:
-        """The loaded tensors' memory goes, their shapes stay."""
+    def after_load(self, kernels: Kernels) -> None:
+        """Where the kernels have a form of their own, the loaded tensors' memory goes and their shapes stay."""
         if self.format is not None:
             stored = {name: getattr(self, name) for name in self.format.names}
-            self.linear = quantized_linear(self.format.read(stored))
+            self.linear = kernels.quantized_linear(self.format.read(stored))
         elif self.scheme is not None:
-            self.linear = quantized_linear(self.quantized(self.scheme))
-        elif packed.can_pack(self.weight):
-            self.linear = PackedLinear(self.weight)
+            self.linear = kernels.quantized_linear(self.quantized(self.scheme))
         else:
+            self.linear = kernels.linear(self.weight)
+        if self.linear is None:
             return
         for name in self.format.names if self.format is not None else ("weight",):
             setattr(self, name, nn.Parameter(getattr(self, name).to("meta"), requires_grad=False))

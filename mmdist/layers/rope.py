@@ -9,6 +9,7 @@ from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mmdist.config import UserError
+from mmdist.kernels.kernels import Kernels
 
 STATIC_SCALINGS = ("linear", "llama3", "yarn")
 
@@ -28,8 +29,9 @@ class RotaryEmbedding(nn.Module):
         self.scaling = 1.0
         self.inv_freq = torch.empty(0)
 
-    def after_load(self, device: torch.device) -> None:
+    def after_load(self, kernels: Kernels) -> None:
         """Compute what is not stored in a checkpoint; called once, after the weights are loaded."""
+        device = kernels.device
         parameters = self.config.rope_parameters
         if parameters["rope_type"] == "default":
             exponents = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim

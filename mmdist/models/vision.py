@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import transformers  # classes are looked up when used: importing them here would triple the start-up time
 from torch import nn
 
+from mmdist.kernels.kernels import Kernels
 from mmdist.kernels.plain import find_activation
 
 # Tiles of one forward pass of the tower: bounds its memory when a request has many pictures.
@@ -22,9 +23,9 @@ class ClipTower(nn.Module):
         super().__init__()
         self.model: Any = transformers.CLIPVisionModel(config)
 
-    def after_load(self, device: torch.device) -> None:
+    def after_load(self, kernels: Kernels) -> None:
         embeddings = self.model.embeddings
-        embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
+        embeddings.position_ids = torch.arange(embeddings.num_positions, device=kernels.device)[None]
 
     def forward(self, pixel_values: torch.Tensor, layers: list[int]) -> torch.Tensor:
         """(tiles, 3, size, size) -> (tiles, 1 + patches, hidden * len(layers)).

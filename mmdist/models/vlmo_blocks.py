@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmdist.kernels.kernels import Kernels
 from mmdist.layers.linear import ColumnParallelLinear, RowParallelLinear
 from mmdist.plan import Piece, Shard
 from mmdist.tp import TP
@@ -124,13 +125,13 @@ class PositionBias(nn.Module):
     def num_image_distances(self) -> int:
         return (2 * self.window - 1) ** 2 + 3
 
-    def after_load(self, device: torch.device) -> None:
+    def after_load(self, kernels: Kernels) -> None:
         """Compute the rows of the table for each pair of tokens; no checkpoint needs to store them."""
         text, image = self.text_index(), self.image_index()
         first = self.num_image_distances()
         text_to_image = torch.full((len(text), len(image)), first)
         both = torch.cat((torch.cat((text, text_to_image), 1), torch.cat((text_to_image.T + 1, image), 1)))
-        self.index = {name: x.to(device) for name, x in ((TEXT, text), (IMAGE, image), (BOTH, both))}
+        self.index = {name: x.to(kernels.device) for name, x in ((TEXT, text), (IMAGE, image), (BOTH, both))}
 
     def image_index(self) -> torch.Tensor:
         """(1 + patches, 1 + patches); the class token is first."""

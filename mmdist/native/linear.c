@@ -1,0 +1,296 @@
+/* y = x W^T + b in bfloat16 over packed weights: bfloat16, int8 or int4 ones, accumulated in float32.
+
+   A packed weight is a row of blocks, each of ROWS rows of W (the last one filled up with zeros). In a block, columns go
+   in words of 32 bits, one a row, ROWS words after each other; a word's halves hold the even and the odd columns:
+     bfloat16: columns 0 | 1                       (the pairs that vdpbf16ps takes)
+     int8:     bytes   0, 2 | 1, 3
+     int4:     nibbles 0, 2, 4, 6 | 1, 3, 5, 7
+   so that one contiguous stream is read once, whatever the number of rows of x. Columns come in multiples of COLUMNS.
+   Integers become bfloat16 exactly, in registers; their scale (one for each row and group of columns) comes after. */
+#include "pool.h"
+
+#include <stdlib.h>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+enum { LANES = 16, MOST = 12 }; /* floats in a vector; rows of x whose sums the registers hold */
+#elif defined(__AVX2__)
+enum { LANES = 8, MOST = 3 };
+#else
+enum { LANES = 4, MOST = 2 };
+#endif
+enum { ROWS = 32, COLUMNS = 8, VECTORS = ROWS / LANES, AHEAD = 2048, PACK_PAIRS = 512 };
+
+typedef float fvec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+
+typedef enum { BF16, INT8, INT4 } Kind; /* as mmdist/kernels/native.py numbers them */
+static const int PAIRS_IN_WORD[] = {1, 2, 4};
+
+INLINE uvec load(const uint32_t *words)
+{
+    uvec vector;
+    memcpy(&vector, words, sizeof vector);
+    return vector;
+}
+
+/* sum + even column * low half of x + odd column * high half */
+INLINE fvec dot(fvec sum, uvec pair, uint32_t x)
+{
+#if defined(__AVX512BF16__)
+    return (fvec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pair, (__m512bh)_mm512_set1_epi32((int)x));
+#else
+    return sum + (fvec)(pair << 16) * to_float((bf16)x) + (fvec)(pair & 0xffff0000u) * to_float((bf16)(x >> 16));
+#endif
+}
+
+/* The signed integers of `bits` bits at `place` of each half of the words. */
+INLINE uvec integers(uvec words, int bits, int place)
+{
+    ivec even = (ivec)(words << (32 - bits - place)) >> (32 - bits);
+    ivec odd = (ivec)(words << (16 - bits - place)) >> (32 - bits);
+    return (uvec) __builtin_convertvector(even, fvec) >> 16 | ((uvec) __builtin_convertvector(odd, fvec) & 0xffff0000u);
+}
+
+#if defined(__AVX512BW__)
+/* bfloat16 by nibble, twice, because an index has five bits: -8 .. 7; 0 .. 15; 16 times -8 .. 7 */
+enum { SIGNED, LOW, HIGH };
+#define TWICE(...) {__VA_ARGS__, __VA_ARGS__}
+static const uint16_t TABLES[][32] __attribute__((aligned(64))) = {
+    TWICE(0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+          0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80),
+    TWICE(0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+          0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170),
+    TWICE(0x0000, 0x4180, 0x4200, 0x4240, 0x4280, 0x42a0, 0x42c0, 0x42e0,
+          0xc300, 0xc2e0, 0xc2c0, 0xc2a0, 0xc280, 0xc240, 0xc200, 0xc180)};
+
+INLINE uvec look_up(int table, uvec words, int nibble)
+{
+    __m512i index = _mm512_srli_epi16((__m512i)words, 4 * nibble);
+    return (uvec)_mm512_permutexvar_epi16(index, *(const __m512i *)TABLES[table]);
+}
+#endif
+
+/* sum + pair `i` of the words * x, for `many` rows of x */
+INLINE void dot_pair(Kind kind, int many, uvec words, int i, const uint32_t *x, fvec *sum, int stride)
+{
+#if defined(__AVX512BW__)
+    if (kind == INT8 && many <= 3) { /* two products of nibbles cost less than bytes turned into floats */
+        uvec low = look_up(LOW, words, 2 * i), high = look_up(HIGH, words, 2 * i + 1);
+#pragma GCC unroll 3
+        for (int m = 0; m < many; m++)
+            sum[m * stride] = dot(dot(sum[m * stride], low, x[m]), high, x[m]);
+        return;
+    }
+    uvec pair = kind == BF16 ? words : kind == INT8 ? integers(words, 8, 8 * i) : look_up(SIGNED, words, i);
+#else
+    uvec pair = kind == BF16 ? words : kind == INT8 ? integers(words, 8, 8 * i) : integers(words, 4, 4 * i);
+#endif
+#pragma GCC unroll 12
+    for (int m = 0; m < many; m++)
+        sum[m * stride] = dot(sum[m * stride], pair, x[m]);
+}
+
+/* total[many][ROWS] += scale[ROWS] * the products of `pairs` pairs of columns (a multiple of 4) with `many` rows of x,
+   side by side. With few of them there are registers for several sums of each, so that no sum waits for the last. */
+INLINE void dot_block(Kind kind, const int many, const uint32_t *words, const uint32_t *x, long pairs,
+                      const float *scale, float *total)
+{
+    const int in_word = PAIRS_IN_WORD[kind], ways = many * VECTORS >= 8 ? 1 : 8 / VECTORS / many >= 4 ? 4 : 2;
+    const int turn = ways > in_word ? ways : in_word, stride = VECTORS * ways;
+    fvec sum[MOST * VECTORS * 2 < 8 ? 8 : MOST * VECTORS * 2];
+#pragma GCC unroll 64
+    for (int i = 0; i < many * stride; i++)
+        sum[i] = (fvec){0};
+    for (const uint32_t *end = x + pairs * many; x != end; x += turn * many) {
+#pragma GCC unroll 4
+        for (int t = 0; t < turn; t++) {
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; v++) {
+                const uint32_t *at = words + t / in_word * ROWS + v * LANES;
+                if (t % in_word == 0)
+                    __builtin_prefetch((const char *)at + AHEAD);
+                dot_pair(kind, many, load(at), t % in_word, x + t * many, sum + v * ways + t % ways, stride);
+            }
+        }
+        words += turn / in_word * ROWS;
+    }
+#pragma GCC unroll 64
+    for (int i = 0; i < many * VECTORS; i++) {
+        fvec whole = sum[i * ways], factor, before;
+#pragma GCC unroll 4
+        for (int w = 1; w < ways; w++)
+            whole += sum[i * ways + w];
+        memcpy(&factor, scale + i % VECTORS * LANES, sizeof factor);
+        memcpy(&before, total + i * LANES, sizeof before);
+        before += kind == BF16 ? whole : whole * factor;
+        memcpy(total + i * LANES, &before, sizeof before);
+    }
+}
+
+typedef void (*Block)(const uint32_t *words, const uint32_t *x, long pairs, const float *scale, float *total);
+
+#define BLOCK(kind, many)                                                                                               \
+    static void block_##kind##_##many(const uint32_t *words, const uint32_t *x, long pairs, const float *scale,        \
+                                      float *total)                                                                    \
+    {                                                                                                                  \
+        dot_block(kind, many, words, x, pairs, scale, total);                                                          \
+    }
+#define BLOCKS(many) BLOCK(BF16, many) BLOCK(INT8, many) BLOCK(INT4, many)
+#define NAMES(many) {block_BF16_##many, block_INT8_##many, block_INT4_##many}
+
+/* Sizes of panels, the rows of x that go together; a panel is filled up with rows of zeros. */
+BLOCKS(1) BLOCKS(2)
+#if defined(__AVX512F__)
+BLOCKS(3) BLOCKS(4) BLOCKS(6) BLOCKS(8) BLOCKS(10) BLOCKS(12)
+static const int SIZES[] = {1, 2, 3, 4, 6, 8, 10, 12};
+static const Block FUNCTIONS[][3] = {NAMES(1), NAMES(2), NAMES(3), NAMES(4), NAMES(6), NAMES(8), NAMES(10), NAMES(12)};
+#elif defined(__AVX2__)
+BLOCKS(3)
+static const int SIZES[] = {1, 2, 3};
+static const Block FUNCTIONS[][3] = {NAMES(1), NAMES(2), NAMES(3)};
+#else
+static const int SIZES[] = {1, 2};
+static const Block FUNCTIONS[][3] = {NAMES(1), NAMES(2)};
+#endif
+
+typedef struct {
+    Block block;
+    const uint32_t *weight, *x; /* x: panels of `many` rows, side by side */
+    const float *scales;
+    const bf16 *bias;
+    bf16 *y;
+    long num_rows, many, panels, out, pairs, groups, words; /* words of a block of the weight */
+} Linear;
+
+static void write_panel(const Linear *job, long block, long panel, const float *total)
+{
+    long first = block * ROWS, last = first + ROWS < job->out ? first + ROWS : job->out;
+    for (long m = 0; m < job->many && panel * job->many + m < job->num_rows; m++) {
+        bf16 *y = job->y + (panel * job->many + m) * job->out;
+        for (long row = first; row < last; row++) {
+            float bias = job->bias == NULL ? 0 : to_float(job->bias[row]);
+            y[row] = to_bf16(total[m * ROWS + row - first] + bias);
+        }
+    }
+}
+
+/* One block of the weight with all of x; it stays in the cache while the panels pass. */
+static void linear_block(void *arg, long block)
+{
+    static const float ones[ROWS];
+    const Linear *job = arg;
+    const long pairs = job->pairs / job->groups, words = job->words / job->groups;
+    for (long panel = 0; panel < job->panels; panel++) {
+        float total[MOST * ROWS] = {0};
+        for (long group = 0; group < job->groups; group++) {
+            const uint32_t *x = job->x + (panel * job->pairs + group * pairs) * job->many;
+            const float *scale = job->scales == NULL ? ones : job->scales + (block * job->groups + group) * ROWS;
+            job->block(job->weight + block * job->words + group * words, x, pairs, scale, total);
+        }
+        write_panel(job, block, panel, total);
+    }
+}
+
+typedef struct {
+    const bf16 *x;
+    uint32_t *to;
+    long num_rows, many, pairs, parts;
+} Panels;
+
+/* A part of a panel's columns, its rows side by side. */
+static void pack_panel(void *arg, long item)
+{
+    const Panels *job = arg;
+    long panel = item / job->parts, first = item % job->parts * PACK_PAIRS, last = first + PACK_PAIRS;
+    last = last < job->pairs ? last : job->pairs;
+    for (long m = 0; m < job->many; m++) {
+        uint32_t *to = job->to + panel * job->pairs * job->many + m;
+        long row = panel * job->many + m;
+        const char *from = (const char *)(job->x + row * job->pairs * 2);
+        for (long pair = first; pair < last; pair++) {
+            uint32_t value = 0;
+            if (row < job->num_rows)
+                memcpy(&value, from + pair * 4, 4);
+            to[pair * job->many] = value;
+        }
+    }
+}
+
+static uint32_t *scratch(size_t bytes)
+{
+    static uint32_t *kept;
+    static size_t size;
+    if (bytes > size) {
+        free(kept);
+        size = (bytes + 4095) / 4096 * 4096;
+        kept = aligned_alloc(4096, size);
+        if (kept == NULL)
+            abort();
+    }
+    return kept;
+}
+
+/* y (num_rows, out) = x (num_rows, columns) W^T * scales + bias. scales: [block][group][ROWS] for integers, else NULL;
+   bias: NULL for none. columns: a multiple of COLUMNS, and of groups * COLUMNS. */
+MMDIST_API void mmdist_linear(int kind, const uint32_t *weight, const float *scales, long groups, const bf16 *bias,
+                              const bf16 *x, bf16 *y, long num_rows, long out, long columns)
+{
+    pool_take();
+    long panels = (num_rows + MOST - 1) / MOST, size = 0;
+    while (SIZES[size] * panels < num_rows)
+        size++;
+    long many = SIZES[size], pairs = columns / 2, parts = (pairs + PACK_PAIRS - 1) / PACK_PAIRS;
+    const uint32_t *panel_x = (const uint32_t *)x;
+    if (many > 1) {
+        uint32_t *to = scratch((size_t)(panels * many * pairs) * 4);
+        pool_run(pack_panel, &(Panels){x, to, num_rows, many, pairs, parts}, panels * parts);
+        panel_x = to;
+    }
+    Linear job = {FUNCTIONS[size][kind], weight, panel_x, scales, bias, y, num_rows, many, panels, out, pairs, groups,
+                  pairs / PAIRS_IN_WORD[kind] * ROWS};
+    pool_run(linear_block, &job, (out + ROWS - 1) / ROWS);
+    pool_give();
+}
+
+typedef struct {
+    Kind kind;
+    const void *from;
+    uint32_t *to;
+    long rows, columns, words;
+} Packing;
+
+static uint32_t word_of(const Packing *job, long row, long word)
+{
+    uint32_t packed = 0;
+    const int pairs = PAIRS_IN_WORD[job->kind], bits = 16 / pairs;
+    for (int i = 0; i < 2 * pairs; i++) {
+        long column = word * 2 * pairs + i;
+        if (row >= job->rows || column >= job->columns)
+            continue;
+        uint32_t value = job->kind == BF16 ? ((const uint16_t *)job->from)[row * job->columns + column]
+                                           : (uint32_t)((const int8_t *)job->from)[row * job->columns + column];
+        packed |= (value & ((1u << bits) - 1)) << (i % 2 * 16 + i / 2 * bits);
+    }
+    return packed;
+}
+
+static void pack_block(void *arg, long block)
+{
+    const Packing *job = arg;
+    uint32_t *to = job->to + block * job->words * ROWS;
+    for (long first = 0; first < job->words; first += 16) /* a cache line of each row at a time */
+        for (long r = 0; r < ROWS; r++)
+            for (long word = first; word < first + 16 && word < job->words; word++)
+                to[word * ROWS + r] = word_of(job, block * ROWS + r, word);
+}
+
+/* from (rows, columns) of bfloat16, or of int8 for both kinds of integers -> blocks of columns filled up to COLUMNS. */
+MMDIST_API void mmdist_pack(int kind, const void *from, uint32_t *to, long rows, long columns)
+{
+    long words = (columns + COLUMNS - 1) / COLUMNS * COLUMNS / 2 / PAIRS_IN_WORD[kind];
+    pool_take();
+    pool_run(pack_block, &(Packing){kind, from, to, rows, columns, words}, (rows + ROWS - 1) / ROWS);
+    pool_give();
+}
