@@ -81,7 +81,7 @@ def blocked(scale: torch.Tensor) -> torch.Tensor:
 
 def huge_pages(size: int) -> torch.Tensor:
     """Zeros, uint8 (size,), in few large pages where the system has them: the stream of weights then runs faster."""
-    memory = mmap.mmap(-1, max(size, 1))
+    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared ones stay small
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)

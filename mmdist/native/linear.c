@@ -261,29 +261,52 @@ typedef struct {
     long rows, columns, words;
 } Packing;
 
-static uint32_t word_of(const Packing *job, long row, long word)
+/* The word of a whole row's columns from `from` on. */
+INLINE uint32_t word_of(Kind kind, const void *from)
 {
     uint32_t packed = 0;
-    const int pairs = PAIRS_IN_WORD[job->kind], bits = 16 / pairs;
-    for (int i = 0; i < 2 * pairs; i++) {
-        long column = word * 2 * pairs + i;
-        if (row >= job->rows || column >= job->columns)
-            continue;
-        uint32_t value = job->kind == BF16 ? ((const uint16_t *)job->from)[row * job->columns + column]
-                                           : (uint32_t)((const int8_t *)job->from)[row * job->columns + column];
-        packed |= (value & ((1u << bits) - 1)) << (i % 2 * 16 + i / 2 * bits);
+    uint8_t bytes[8];
+    if (kind == BF16) {
+        memcpy(&packed, from, 4);
+        return packed;
     }
+    memcpy(bytes, from, kind == INT8 ? 4 : 8);
+    if (kind == INT8)
+        return bytes[0] | (uint32_t)bytes[2] << 8 | (uint32_t)bytes[1] << 16 | (uint32_t)bytes[3] << 24;
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+        packed |= (uint32_t)(bytes[i] & 15) << (i % 2 * 16 + i / 2 * 4);
     return packed;
+}
+
+INLINE void pack_rows(Kind kind, const Packing *job, long block)
+{
+    const long width = 2 * PAIRS_IN_WORD[kind], size = kind == BF16 ? 2 : 1, whole = job->columns / width;
+    const char *from = (const char *)job->from + block * ROWS * job->columns * size;
+    uint32_t *to = job->to + block * job->words * ROWS;
+    long rows = job->rows - block * ROWS < ROWS ? job->rows - block * ROWS : ROWS;
+    if (rows < ROWS || whole < job->words)
+        memset(to, 0, (size_t)(job->words * ROWS) * 4);
+    for (long first = 0; first < whole; first += 16) /* some cache lines of each row at a time */
+        for (long r = 0; r < rows; r++)
+            for (long word = first; word < first + 16 && word < whole; word++)
+                to[word * ROWS + r] = word_of(kind, from + (r * job->columns + word * width) * size);
+    for (long r = 0; r < rows && whole * width < job->columns; r++) {
+        char tail[16] = {0};
+        memcpy(tail, from + (r * job->columns + whole * width) * size, (size_t)((job->columns - whole * width) * size));
+        to[whole * ROWS + r] = word_of(kind, tail);
+    }
 }
 
 static void pack_block(void *arg, long block)
 {
     const Packing *job = arg;
-    uint32_t *to = job->to + block * job->words * ROWS;
-    for (long first = 0; first < job->words; first += 16) /* a cache line of each row at a time */
-        for (long r = 0; r < ROWS; r++)
-            for (long word = first; word < first + 16 && word < job->words; word++)
-                to[word * ROWS + r] = word_of(job, block * ROWS + r, word);
+    if (job->kind == BF16)
+        pack_rows(BF16, job, block);
+    else if (job->kind == INT8)
+        pack_rows(INT8, job, block);
+    else
+        pack_rows(INT4, job, block);
 }
 
 /* from (rows, columns) of bfloat16, or of int8 for both kinds of integers -> blocks of columns filled up to COLUMNS. */
