@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mmdist.kernels import packed
+from mmdist.kernels import packed, plain
 from mmdist.kernels.linear import Linear, PackedLinear, quantized_linear
 from mmdist.quant import Quantized
 
@@ -23,3 +23,26 @@ class Kernels:
 
     def quantized_linear(self, weight: Quantized) -> Linear:
         return quantized_linear(weight)
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float,
+        causal: bool = False,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """q (batch, queries, heads, head_dim) over k, v (batch, context, kv_heads, head_dim) -> q's shape.
+
+        Causal queries are the last of the context; window: how many keys each of them sees at most.
+        """
+        if not causal:
+            return plain.full_attention(q, k, v, scale=scale)
+        parts = zip(q, k, v, strict=True)
+        return torch.stack([plain.prefill_attention(*part, scale=scale, window=window) for part in parts])
+
+    def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
+        """x * sigmoid(1.702 x), CLIP's approximation of GELU."""
+        return plain.quick_gelu(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from ctypes import c_int, c_long, c_void_p
+from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_long, c_void_p
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,18 @@ from mmdist.quant import Quantized
 BF16, INT8, INT4 = range(3)
 BITS = {BF16: 16, INT8: 8, INT4: 4}
 ROWS, COLUMNS = 32, 8
+MAX_HEAD_DIM = 256  # of flash.c
+
+
+class AttentionCall(Structure):
+    """flash.c's Attention"""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "k", "v", "out")),
+        *((name, c_int64) for name in ("batch", "queries", "context", "heads", "kv_heads", "head_dim")),
+        *((name, c_int64) for name in ("q_batch", "q_stride", "kv_batch", "kv_stride", "causal", "window")),
+        ("scale", c_float),
+    ]
 
 
 def find_kernels(level: str, device: torch.device, dtype: torch.dtype) -> Kernels:
@@ -33,6 +45,8 @@ class NativeKernels(Kernels):
         self._pack = native.declare("mmdist_pack", None, c_int, c_void_p, c_void_p, c_long, c_long)
         addresses, sizes = [c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_void_p], [c_long] * 3
         self._linear = native.declare("mmdist_linear", None, c_int, *addresses, *sizes)
+        self._attention = native.declare("mmdist_attention", c_int, POINTER(AttentionCall))
+        self._quick_gelu = native.declare("mmdist_quick_gelu", None, c_void_p, c_void_p, c_long)
 
     def linear(self, weight: torch.Tensor) -> Linear | None:
         return NativeLinear(self, BF16, weight)
@@ -42,6 +56,37 @@ class NativeKernels(Kernels):
         if weight.offset is not None or (groups > 1 and columns // groups % COLUMNS):
             return super().quantized_linear(weight)
         return NativeLinear(self, INT8 if weight.bits == 8 else INT4, weight.q, weight.scale)
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float,
+        causal: bool = False,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        batch, queries, heads, head_dim = q.shape
+        if head_dim % COLUMNS or head_dim > MAX_HEAD_DIM:
+            return super().attention(q, k, v, scale=scale, causal=causal, window=window)
+        q, k, v = (x if is_rows(x) else x.contiguous() for x in (q, k, v))
+        if k.stride() != v.stride():
+            k, v = k.contiguous(), v.contiguous()
+        out = q.new_empty(q.shape)
+        call = AttentionCall(
+            *(x.data_ptr() for x in (q, k, v, out)), batch, queries, k.shape[1], heads, k.shape[2], head_dim,
+            *q.stride()[:2], *k.stride()[:2], causal, window or 0, scale,
+        )  # fmt: skip
+        if self._attention(byref(call)):
+            raise MemoryError(f"no memory for attention over {k.shape[1]} tokens")
+        return out
+
+    def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        self._quick_gelu(x.data_ptr(), y.data_ptr(), x.numel())
+        return y
 
     def pack(self, kind: int, weight: torch.Tensor) -> torch.Tensor:
         """(out, in) bfloat16 or int8 -> uint8 in blocks, as linear.c reads them."""
@@ -71,6 +116,11 @@ class NativeLinear:
             self.columns + missing,
         )  # fmt: skip
         return y
+
+
+def is_rows(x: torch.Tensor) -> bool:
+    """True where the last two dimensions of (batch, tokens, heads, head_dim) lie end to end."""
+    return x.stride(3) == 1 and x.stride(2) == x.shape[3]
 
 
 def blocked(scale: torch.Tensor) -> torch.Tensor:

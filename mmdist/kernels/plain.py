@@ -47,6 +47,17 @@ def causal_mask(query_len: int, context_len: int, window: int | None, device: to
     return seen if window is None else seen & (context > query - window)
 
 
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def full_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float) -> torch.Tensor:
+    """q (batch, queries, heads, head_dim) over all of k, v (batch, context, kv_heads, head_dim) -> q's shape."""
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped).transpose(1, 2)
+
+
 def prefill_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, window: int | None
 ) -> torch.Tensor:

@@ -8,24 +8,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from mmdist.models.vision import MLP, ClipTower
+from mmdist.models.vision import MLP, ClipTower, FusedAttention
 
 NORM_EPS = 1e-5
 
 
-class BlockAttention(nn.Module):
+class BlockAttention(FusedAttention):
     def __init__(self, width: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
+        super().__init__(num_heads)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(self.attend(self.qkv(x)))
 
 
 class VisualBlock(nn.Module):

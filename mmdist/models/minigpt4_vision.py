@@ -11,18 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmdist.models.vision import MLP
+from mmdist.models.vision import MLP, FusedAttention
 
 EVA_NORM_EPS, LN_VISION_EPS = 1e-6, 1e-5
 MAX_PICTURES = 16  # of one forward pass: bounds its memory when a request has many
 
 
-class EvaAttention(nn.Module):
+class EvaAttention(FusedAttention):
     """Fused q, k, v; q and v have a bias, k has none."""
 
     def __init__(self, width: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
+        super().__init__(num_heads)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.empty(width))
         self.v_bias = nn.Parameter(torch.empty(width))
@@ -30,9 +29,7 @@ class EvaAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(self.attend(F.linear(x, self.qkv.weight, bias)))
 
 
 class EvaBlock(nn.Module):

@@ -16,6 +16,17 @@ from mmdist.kernels.plain import find_activation
 MAX_TILES = 16
 
 
+OUR_ATTENTION = "mmdist"
+
+
+def tower_attention(
+    module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: None, *, scaling: float, **_: Any
+) -> tuple[torch.Tensor, None]:
+    """Behind transformers' AttentionInterface: (batch, heads, tokens, head_dim) -> (batch, tokens, heads, head_dim)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return module.kernels.attention(q, k, v, scale=scaling), None
+
+
 class ClipTower(nn.Module):
     """CLIP's vision tower; all its parameters are there, the layers behind the last one asked for do not run."""
 
@@ -26,6 +37,13 @@ class ClipTower(nn.Module):
     def after_load(self, kernels: Kernels) -> None:
         embeddings = self.model.embeddings
         embeddings.position_ids = torch.arange(embeddings.num_positions, device=kernels.device)[None]
+        transformers.AttentionInterface.register(OUR_ATTENTION, tower_attention)
+        self.model.config._attn_implementation = OUR_ATTENTION
+        for layer in self.model.encoder.layers:
+            layer.self_attn.kernels = kernels
+            if self.model.config.hidden_act == "quick_gelu":
+                del layer.mlp.activation_fn  # a module; a function may not take its place before it is gone
+                layer.mlp.activation_fn = kernels.quick_gelu
 
     def forward(self, pixel_values: torch.Tensor, layers: list[int]) -> torch.Tensor:
         """(tiles, 3, size, size) -> (tiles, 1 + patches, hidden * len(layers)).
@@ -49,6 +67,24 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
+
+
+class FusedAttention(nn.Module):
+    """What vision transformers with one projection for q, k and v share."""
+
+    kernels = Kernels(torch.device("cpu"))
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+
+    def after_load(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+
+    def attend(self, qkv: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens, 3 * width) -> (batch, tokens, width)"""
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        return self.kernels.attention(q, k, v, scale=q.shape[-1] ** -0.5).flatten(2)
 
 
 class Projector(nn.Module):
