@@ -124,7 +124,7 @@ def report(failures: dict[int, ProcessFailure]) -> int:
 def order(failure: ProcessFailure) -> tuple:
     """Causes before consequences: a lost connection to a rank that died says nothing of its own."""
     killed = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
-    lost_peer = "Connection" in str(failure.message) or "gloo" in str(failure.message)
+    lost_peer = any(word in str(failure.message) for word in ("LostPeer", "Connection", "gloo"))
     return (failure.exitcode != EXIT_USER_ERROR, not killed, lost_peer, failure.timestamp)
 
 

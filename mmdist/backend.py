@@ -17,7 +17,7 @@ log = logging.getLogger("mmdist.backend")
 @dataclass(frozen=True)
 class Backend:
     device: torch.device
-    collectives: str  # torch.distributed's backend string; messages between ranks always travel over gloo
+    collectives: str  # shm, auto, or torch.distributed's backend string; messages between ranks of cards go over gloo
 
 
 def find_device(hardware: HardwareConfig) -> str:
@@ -59,7 +59,7 @@ def init_backend(hardware: HardwareConfig, *, local_rank: int, local_size: int) 
     device = find_device(hardware)
     torch.set_num_threads(threads_per_rank(hardware, local_size))
     if device == "cpu":
-        return Backend(torch.device("cpu"), "gloo")
+        return Backend(torch.device("cpu"), hardware.collectives)
     visible = torch.cuda.device_count()
     if local_rank >= visible:
         raise UserError(f"world_size: local rank {local_rank} has no device, {visible} visible; lower world_size")

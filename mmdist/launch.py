@@ -78,8 +78,16 @@ def run_rank(config: Config) -> int:
         raise UserError(f"world_size={config.world_size}, but torchrun started {size} ranks; leave world_size= out")
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     backend = init_backend(config.hardware, local_rank=local_rank, local_size=local_size)
-    tp = init_tp(backend.collectives, rank=rank, size=size, timeout_s=config.launcher.timeout_s)
-    log.info("world_size=%d on %s", size, backend.device.type)
+    tp = init_tp(
+        backend.collectives,
+        config.hardware.kernels,
+        rank=rank,
+        size=size,
+        local_size=local_size,
+        timeout_s=config.launcher.timeout_s,
+    )
+    over = f", collectives over {tp.group.name}" if tp.group is not None else ""
+    log.info("world_size=%d on %s%s", size, backend.device.type, over)
     if rank == 0:
         make_output_dir(config)
     engine = load_engine(config, tp, backend)

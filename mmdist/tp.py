@@ -1,11 +1,12 @@
 """TP: one rank's place among the ranks that share a model, and the collectives between them.
 
 It is passed in, never looked up. `TP()` is rank 0 of 1 and its collectives are the identity, so no caller needs a
-single-device branch. `TP(3, 8)` without a group can plan for rank 3 of 8 but not communicate.
+single-device branch. `TP(3, 8)` without collectives can plan for rank 3 of 8 but not communicate.
 """
 
 from __future__ import annotations
 
+import logging
 import pickle
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,18 +15,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mmdist.collectives.distributed import Collectives, DistributedCollectives
+from mmdist.collectives.shm import NoShm, open_shm
 from mmdist.config import UserError
+from mmdist.native.build import load_library
 
-# A step's batch of decode requests fits, so that most steps cost one broadcast.
-MESSAGE_BYTES = 16384
-LENGTH_BYTES = 8
+log = logging.getLogger("mmdist.tp")
 
 
 @dataclass(frozen=True)
 class TP:
     rank: int = 0
     size: int = 1
-    group: dist.ProcessGroup | None = None
+    group: Collectives | None = None
 
     def divide(self, count: int, what: str) -> int:
         """This rank's share of `count`; a count that does not divide is the user's mistake."""
@@ -33,58 +35,59 @@ class TP:
             raise UserError(f"{what}={count} does not divide into {self.size} ranks")
         return count // self.size
 
+    @property
+    def others(self) -> Collectives:
+        assert self.group is not None, "a TP without collectives can plan, not communicate"
+        return self.group
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(x, group=self.group)
+            self.others.all_sum(x)
         return x
 
     def all_max(self, x: torch.Tensor) -> torch.Tensor:
         """Largest over the ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+            self.others.all_max(x)
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """(..., n) on each rank -> (..., n * size), in the order of the ranks."""
-        if self.size == 1:
-            return x
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self.group)
-        return torch.cat(parts, dim=-1)
+        return x if self.size == 1 else self.others.all_gather(x)
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's values to all, in place; every rank passes a tensor of the same shape and dtype."""
         if self.size > 1:
-            dist.broadcast(x, src=0, group=self.group)
+            self.others.broadcast(x)
         return x
 
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's picklable object to all; one collective while it is small."""
+        """Rank 0's picklable object to all."""
         if self.size == 1:
             return value
-        data = pickle.dumps(value) if self.rank == 0 else b""
-        message = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
-        if self.rank == 0:
-            head = len(data).to_bytes(LENGTH_BYTES, "little") + data[: MESSAGE_BYTES - LENGTH_BYTES]
-            message[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-        head = self.broadcast(message).numpy().tobytes()
-        length = int.from_bytes(head[:LENGTH_BYTES], "little")
-        rest_bytes = length - (MESSAGE_BYTES - LENGTH_BYTES)
-        if rest_bytes <= 0:
-            return pickle.loads(head[LENGTH_BYTES : LENGTH_BYTES + length])
-        rest = torch.empty(rest_bytes, dtype=torch.uint8)
-        if self.rank == 0:
-            rest = torch.frombuffer(bytearray(data[MESSAGE_BYTES - LENGTH_BYTES :]), dtype=torch.uint8)
-        return pickle.loads(head[LENGTH_BYTES:] + self.broadcast(rest).numpy().tobytes())
+        data = self.others.broadcast_bytes(pickle.dumps(value) if self.rank == 0 else b"")
+        return value if self.rank == 0 else pickle.loads(data)
 
 
-def init_tp(collectives: str, *, rank: int, size: int, timeout_s: int) -> TP:
+def init_tp(collectives: str, kernels: str, *, rank: int, size: int, local_size: int, timeout_s: int) -> TP:
     """Join the ranks named by the torchrun environment (MASTER_ADDR, MASTER_PORT); alone, nothing is opened.
 
-    `collectives` is torch's backend string, e.g. "gloo" or "cpu:gloo,cuda:nccl".
+    collectives: torch's backend string, e.g. "gloo" or "cpu:gloo,cuda:nccl"; or "shm", or "auto": shm where it can be,
+    else gloo. kernels: hardware.kernels. UserError where shm is asked for and cannot be.
     """
     if size == 1:
         return TP()
-    dist.init_process_group(collectives, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
-    return TP(rank, size, dist.group.WORLD)
+    shared = collectives in ("auto", "shm")
+    backend = "gloo" if shared else collectives
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    if shared:
+        native = load_library("auto" if kernels == "plain" else kernels)
+        try:
+            return TP(rank, size, open_shm(native, rank=rank, size=size, local_size=local_size, timeout_s=timeout_s))
+        except NoShm as reason:
+            if collectives == "shm":
+                raise UserError(f"hardware.collectives=shm: {reason}; hardware.collectives=gloo works too") from None
+            if rank == 0:
+                log.warning("no shared memory between the ranks (%s); gloo is used instead", reason)
+    return TP(rank, size, DistributedCollectives(rank, size, dist.group.WORLD))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import logging
+import mmap
 import os
 import shutil
 import tempfile
@@ -25,10 +26,13 @@ from torch.testing._internal.distributed.multi_threaded_pg import (
 )
 
 from mmdist.backend import Backend
+from mmdist.collectives.distributed import DistributedCollectives
+from mmdist.collectives.shm import ShmCollectives, segment_bytes
 from mmdist.config import Config, EngineConfig, ModelConfig, QuantConfig, SamplingParams
 from mmdist.engine.engine import Engine
 from mmdist.engine.load import load_engine
 from mmdist.engine.request import Output, Request
+from mmdist.native.build import load_library
 from mmdist.tasks.requests import build_request
 from mmdist.tp import TP
 from weights_tools.cli import main as weights_tools
@@ -137,24 +141,21 @@ def config_for(
     return Config(checkpoint=str(checkpoint), model=ModelConfig(name=model), dtype=dtype, quant=quant, engine=settings)
 
 
-def run_ranks(size: int, work: Callable[[TP], Any]) -> list[Any]:
-    """work(tp) on each of `size` ranks, which are threads over torch's threaded process group; their results."""
+def run_ranks(size: int, work: Callable[[TP], Any], collectives: str = "shm") -> list[Any]:
+    """work(tp) on each of `size` ranks, which are threads; their results. They share memory, or (torch) torch's
+    threaded process group."""
     if size == 1:
         return [work(TP())]
+    join, leave = (shm_ranks if collectives == "shm" else torch_ranks)(size)
     results: list[Any] = [None] * size
     errors: list[BaseException] = []
-    store = dist.HashStore()
 
     def rank_main(rank: int) -> None:
         try:
-            dist.init_process_group("threaded", rank=rank, world_size=size, store=store)
-            results[rank] = work(TP(rank, size, dist.group.WORLD))
-            dist.destroy_process_group()
+            results[rank] = work(join(rank))
         except BaseException as error:
             errors.append(error)
 
-    _install_threaded_pg()
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
     try:
         threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)]
         for thread in threads:
@@ -163,12 +164,41 @@ def run_ranks(size: int, work: Callable[[TP], Any]) -> list[Any]:
             while thread.is_alive() and not errors:
                 thread.join(0.05)
     finally:
-        ProcessLocalGroup.reset()
-        _uninstall_threaded_pg()
-        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+        leave()
     if errors:
         raise errors[0]
     return results
+
+
+Ranks = tuple[Callable[[int], TP], Callable[[], None]]
+
+
+def shm_ranks(size: int, timeout_s: float = 60) -> Ranks:
+    """(a rank's TP, what to do at the end)"""
+    native = load_library()
+    assert native is not None, "the tests need a C compiler"
+    segment = mmap.mmap(-1, segment_bytes(native, size))
+    unwatched = [-1] * size  # threads die with their process
+    return lambda rank: TP(
+        rank, size, ShmCollectives(native, segment, rank, unwatched, spin_us=0, timeout_s=timeout_s)
+    ), lambda: None
+
+
+def torch_ranks(size: int) -> Ranks:
+    store = dist.HashStore()
+    _install_threaded_pg()
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+
+    def join(rank: int) -> TP:
+        dist.init_process_group("threaded", rank=rank, world_size=size, store=store)
+        return TP(rank, size, DistributedCollectives(rank, size, dist.group.WORLD))
+
+    def leave() -> None:
+        ProcessLocalGroup.reset()
+        _uninstall_threaded_pg()
+        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+
+    return join, leave
 
 
 def run_engine(size: int, config: Config, work: Callable[[Engine], Any]) -> Any:

@@ -124,15 +124,16 @@ def test_parallel_equals_dense(name: str, size: int, tmp_path: Path) -> None:
         torch.testing.assert_close(result, dense, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("collectives", ("shm", "torch"))
 @pytest.mark.parametrize("size", (1, 2, 8))
-def test_collectives(size: int) -> None:
+def test_collectives(size: int, collectives: str) -> None:
     def work(tp: TP) -> tuple:
         rank = torch.full((2, 3), float(tp.rank))
         small = tp.broadcast_object({"from": tp.rank})
         large = tp.broadcast_object(list(range(10000)) if tp.rank == 0 else None)
         return tp.all_reduce(rank.clone()), tp.all_gather(rank), tp.broadcast(rank.clone()), small, large
 
-    for reduced, gathered, sent, small, large in run_ranks(size, work):
+    for reduced, gathered, sent, small, large in run_ranks(size, work, collectives):
         assert (reduced == sum(range(size))).all()
         assert gathered.shape == (2, 3 * size) and gathered[0].tolist() == [
             float(r) for r in range(size) for _ in "abc"

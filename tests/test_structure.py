@@ -16,6 +16,7 @@ REPOSITORY = Path(__file__).parents[1]
 FLOORS = (
     ("mmdist.config", "mmdist.log"),
     ("mmdist.native",),
+    ("mmdist.collectives",),
     ("mmdist.backend", "mmdist.tp"),
     ("mmdist.plan", "mmdist.manifest"),
     ("mmdist.quant",),

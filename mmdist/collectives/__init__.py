@@ -1,0 +1,1 @@
+"""What ranks do together: `distributed` over torch.distributed, `shm` over memory shared by one machine's ranks."""
