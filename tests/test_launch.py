@@ -68,9 +68,21 @@ def wait_for(condition, seconds: float) -> bool:
 def test_plain_and_torchrun_give_the_same() -> None:
     plain = run(*MODEL, *BOAT, "world_size=2")
     assert (plain.returncode, plain.stdout) == (0, ANSWER), plain.stderr
-    assert re.search(r"MASTER_PORT=200[345]\d", plain.stderr)
+    assert re.search(r"MASTER_PORT=200[345]\d", plain.stderr) and "collectives over shm" in plain.stderr
     torchrun = run(*MODEL, *BOAT, command=TORCHRUN)
     assert (torchrun.returncode, torchrun.stdout) == (0, ANSWER), torchrun.stderr
+
+
+def test_without_shared_memory_gloo_is_used(tmp_path: Path) -> None:
+    """A compiler that is not there, and an empty cache: said in a line, refused only where shm was asked for."""
+    env = {"CC": "/nowhere/cc", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    result = run(*MODEL, *BOAT, "world_size=2", **env)
+    assert (result.returncode, result.stdout) == (0, ANSWER), result.stderr
+    assert result.stderr.count("there is no native library") == 1 and "collectives over gloo" in result.stderr
+    result = run(*MODEL, *BOAT, "world_size=2", "hardware.collectives=shm", **env)
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and "hardware.collectives=shm: rank 0: there is no native library" in line
+    assert "collectives over gloo" in run(*MODEL, *BOAT, "world_size=2", "hardware.collectives=gloo").stderr
 
 
 def test_one_output_folder_a_job_and_no_litter(tmp_path: Path) -> None:
