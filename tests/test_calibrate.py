@@ -50,6 +50,7 @@ def test_scaling_alone_changes_no_number(mistral: Case, tmp_path: Path) -> None:
 
 def test_clipping_is_the_best_of_what_was_tried() -> None:
     """For inputs that are large where a row's largest weight is not."""
+    torch.manual_seed(0)
     weight, inputs = torch.randn(4, 16), torch.randn(32, 16)
     weight[:, 0], inputs[:, 0] = 9.0, 0.0
     amax = clip(weight, inputs, Scheme(4))

@@ -19,6 +19,7 @@ from torch import nn
 
 from mmdist.backend import init_backend
 from mmdist.config import Config, ModelConfig, SamplingParams, UserError
+from mmdist.engine.engine import Engine
 from mmdist.engine.load import AnyEngine, load_engine
 from mmdist.engine.request import Request
 from mmdist.layers.attention import Attention
@@ -169,6 +170,8 @@ def calibrate(family: str, folder: Path, requests: Path, scheme: Scheme) -> Cali
     config = Config(checkpoint=str(folder), model=ModelConfig(name=family))
     engine = load_engine(config, TP(), init_backend(config.hardware, local_rank=0, local_size=1))
     checkpoint, plan = open_source(family, folder), load_plan(family, folder, 1)[1]
+    if isinstance(engine, Engine):
+        engine.runner.keeps_all = True
     names = [name for name, _ in linears(engine.model)]
     with watched(engine.model, names) as seen:
         for output in engine.generate(read(engine, requests)):

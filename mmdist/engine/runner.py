@@ -19,6 +19,7 @@ class Runner:
     def __init__(self, model: MultimodalModel, cache: PagedCache, tp: TP, backend: Backend):
         self.model, self.cache, self.tp, self.device = model, cache, tp, backend.device
         self.memories: dict[str, Any] = {}
+        self.keeps_all = False  # every layer computes every token, for who watches the layers
 
     @torch.inference_mode()
     def encode_images(self, vision: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -41,11 +42,18 @@ class Runner:
             cache=StepCache(self.cache, batch),
             query_lens=batch.query_lens,
             memories=[self.memories.get(name) for name in batch.memory_ids],
+            rows=self.find_rows(batch),
         )
         hidden = self.model(step)
         if not batch.logits_rows:
             return hidden.new_empty(0, 0)
-        return self.model.compute_logits(hidden[self.to_device(batch.logits_rows)])
+        return self.model.compute_logits(hidden if step.rows is not None else hidden[self.to_device(batch.logits_rows)])
+
+    def find_rows(self, batch: Batch) -> torch.Tensor | None:
+        """Step.rows: the last layer does no more than the logits need."""
+        if self.keeps_all or len(batch.logits_rows) == len(batch.input_ids):
+            return None
+        return self.to_device(batch.logits_rows)
 
     def update_memories(self, batch: Batch, encoded: Sequence[torch.Tensor]) -> None:
         """Forget what no running request needs; rank 0's encoded pictures of new ones to all."""

@@ -185,7 +185,7 @@ class MultimodalModel(Model):
         raise NotImplementedError(f"{type(self).__name__} puts pictures into its input; Prompt.memory must be None")
 
     def forward(self, step: Step) -> torch.Tensor:
-        """-> (tokens, hidden); image_embeds replace the embeddings at image_rows."""
+        """-> (tokens, hidden), or step.rows of it; image_embeds replace the embeddings at image_rows."""
         embeds = self.decoder.embed_tokens(step.input_ids)
         if len(step.image_rows):
             embeds = embeds.index_copy(0, step.image_rows, step.image_embeds)

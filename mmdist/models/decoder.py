@@ -84,9 +84,12 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.mlp = GatedMLP(shape.hidden_size, shape.intermediate_size, shape.activation, tp, bias=shape.mlp_bias)
 
-    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: Context, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """(tokens, hidden) -> (tokens, hidden), or of `rows` alone: what no one asks for after the last layer."""
         x = x + self.self_attn(self.input_layernorm(x), context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        if rows is not None:
+            x = x[rows]
+        return x + self.mlp(self.post_attention_layernorm(x)) if len(x) else x
 
 
 @dataclass
@@ -94,7 +97,8 @@ class Step:
     """One forward pass: sequences laid end to end.
 
     input_ids, positions: (tokens,). image_embeds replace the embeddings at image_rows. query_lens: tokens of each
-    sequence; memories: what MultimodalModel.remember made of its pictures, None without.
+    sequence; memories: what MultimodalModel.remember made of its pictures, None without. rows: the tokens whose
+    hidden states are asked for; None: all.
     """
 
     input_ids: torch.Tensor
@@ -104,6 +108,7 @@ class Step:
     cache: AttentionCache
     query_lens: Sequence[int]
     memories: Sequence[Any]
+    rows: torch.Tensor | None = None
 
 
 class Decoder(nn.Module):
@@ -122,9 +127,10 @@ class Decoder(nn.Module):
         return DecoderLayer(self.shape, tp, layer)
 
     def forward(self, embeds: torch.Tensor, step: Step) -> torch.Tensor:
-        """(tokens, hidden) input embeddings -> (tokens, hidden)."""
+        """(tokens, hidden) input embeddings -> (tokens, hidden), or step.rows of it."""
         rope = self.rope(step.positions, embeds.dtype)
         context = Context(rope, step.cache, step.positions, step.query_lens, step.memories)
-        for layer in self.layers:
+        *before, last = self.layers
+        for layer in before:
             embeds = layer(embeds, context)
-        return self.norm(embeds)
+        return self.norm(last(embeds, context, step.rows))

@@ -130,8 +130,12 @@ class CrossAttentionLayer(nn.Module):
         self.mlp = GatedMLP(shape.hidden_size, shape.intermediate_size, shape.activation, tp)
         self.cross_attn_mlp_gate = nn.Parameter(torch.empty(1))
 
-    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
-        """Sequences without pictures pass by."""
+    def forward(self, x: torch.Tensor, context: Context, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """As DecoderLayer's. Sequences without pictures pass by."""
+        x = self.look_around(x, context)
+        return x if rows is None else x[rows]
+
+    def look_around(self, x: torch.Tensor, context: Context) -> torch.Tensor:
         lens = list(context.query_lens)
         parts = zip(x.split(lens), context.positions.split(lens), context.memories, strict=True)
         looking = [(rows, positions, memory) for rows, positions, memory in parts if memory is not None]
