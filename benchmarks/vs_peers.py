@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 from contextlib import ExitStack
@@ -111,6 +112,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the stopped workers must not outlive us
     torch.set_num_threads(args.threads)
     checkpoint, rows = make_bench_1b(args.checkpoint.resolve()), []
     for our_kind, their_kind in PEERS[args.peer].pairs:
