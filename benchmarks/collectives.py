@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from mmdist.collectives.distributed import DistributedCollectives
+from mmdist.cores import pin
 from mmdist.tp import TP, init_tp
 
 ROUNDS = 3
@@ -52,6 +53,7 @@ def median_us(call: Callable[[TP], object], tp: TP, repeats: int) -> float:
 def rank_main(rank: int, size: int, port: int, repeats: int, results: mp.SimpleQueue) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
+    pin(rank, size)
     shm = init_tp("shm", "auto", rank=rank, size=size, local_size=size, timeout_s=60)
     gloo = TP(rank, size, DistributedCollectives(rank, size, None))
     rounds: dict[str, dict[str, list[float]]] = {name: {"shm": [], "gloo": []} for name in cases()}

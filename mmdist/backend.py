@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from mmdist.config import HardwareConfig, UserError
+from mmdist.cores import count_cores, pin
 
 GIB = 2**30
 log = logging.getLogger("mmdist.backend")
@@ -38,10 +39,6 @@ def count_devices(device: str) -> int:
     return torch.cuda.device_count() if device == "cuda" else min(2, count_cores())
 
 
-def count_cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def threads_per_rank(hardware: HardwareConfig, local_size: int) -> int:
     """hardware.threads_per_rank, else OMP_NUM_THREADS, else the rank's share of the cores."""
     if hardware.threads_per_rank is not None:
@@ -55,10 +52,12 @@ def threads_per_rank(hardware: HardwareConfig, local_size: int) -> int:
 
 
 def init_backend(hardware: HardwareConfig, *, local_rank: int, local_size: int) -> Backend:
-    """Take this rank's device and its share of the CPU threads."""
+    """Take this rank's device and its share of the CPU's cores and threads."""
     device = find_device(hardware)
     torch.set_num_threads(threads_per_rank(hardware, local_size))
     if device == "cpu":
+        if hardware.pin == "auto":
+            pin(local_rank, local_size)
         return Backend(torch.device("cpu"), hardware.collectives)
     visible = torch.cuda.device_count()
     if local_rank >= visible:

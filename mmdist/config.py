@@ -13,6 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 COLLECTIVES = ("auto", "shm", "gloo")
+PINS = ("auto", "none")
 KERNELS = ("auto", "plain", "portable", "avx2", "avx512", "avx512_bf16")
 KV_CACHE_DTYPES = ("auto", "int8")
 QUANT_SCHEMES = ("auto", "none", "w8a16", "w4a16")
@@ -77,6 +78,9 @@ class HardwareConfig:
     threads_per_rank: int | None = key(
         None, "CPU threads of a rank; default: OMP_NUM_THREADS, else its share of the cores"
     )
+    pin: str = key(
+        "auto", "on a CPU: auto (a rank keeps to its share of the cores, unless they were dealt out already) or none"
+    )
     collectives: str = key(
         "auto", "on a CPU: shm (shared memory, for ranks of one machine), gloo, or auto (shm where it can be)"
     )
@@ -86,6 +90,7 @@ class HardwareConfig:
 
     def __post_init__(self) -> None:
         require(self.device in DEVICES, "hardware.device", self.device, "|".join(DEVICES))
+        require(self.pin in PINS, "hardware.pin", self.pin, "|".join(PINS))
         require(self.collectives in COLLECTIVES, "hardware.collectives", self.collectives, "|".join(COLLECTIVES))
         require(self.kernels in KERNELS, "hardware.kernels", self.kernels, "|".join(KERNELS))
         require(

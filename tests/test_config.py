@@ -86,6 +86,7 @@ WRONG = {
     "temperature=-1": "temperature=-1",
     "top_p=2": "top_p=2",
     "dtype=int8": "auto|float32|float16|bfloat16",
+    "hardware.pin=0": "auto|none",
     "hardware.collectives=mpi": "auto|shm|gloo",
     "hardware.kernels=sse": "auto|plain|portable|avx2|avx512|avx512_bf16",
     "world_size=0": "world_size=0",

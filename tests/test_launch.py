@@ -108,6 +108,8 @@ def test_killed_rank_ends_the_job(tmp_path: Path, command: list[str]) -> None:
         assert wait_for(lambda: (tmp_path / "out.jsonl").exists() and (tmp_path / "out.jsonl").stat().st_size, 60)
         ranks = ranks_of(job.pid)
         assert len(ranks) == 2
+        cores = [os.sched_getaffinity(rank) for rank in ranks]
+        assert cores[0].isdisjoint(cores[1]) or len(os.sched_getaffinity(0)) == 1
         start = time.monotonic()
         os.kill(ranks[1], signal.SIGKILL)
         assert wait_for(lambda: not any(map(alive, ranks)), 10)

@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parents[1]
 # Floors from the ground up; a file imports from its own floor's folder or from lower floors.
 FLOORS = (
     ("mmdist.config", "mmdist.log"),
-    ("mmdist.native",),
+    ("mmdist.native", "mmdist.cores"),
     ("mmdist.collectives",),
     ("mmdist.backend", "mmdist.tp"),
     ("mmdist.plan", "mmdist.manifest"),
