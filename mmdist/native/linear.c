@@ -11,7 +11,7 @@
 
 #include <stdlib.h>
 
-enum { PACK_PAIRS = 512 };
+enum { PACK_PAIRS = 512, CHUNK = 1024, PANELS = 64 }; /* pairs of columns; panels */
 
 typedef void (*Block)(const uint32_t *words, const uint32_t *x, long pairs, const float *scale, float *total);
 
@@ -60,21 +60,37 @@ static void write_panel(const Linear *job, long block, long panel, const float *
     }
 }
 
-/* One block of the weight with all of x; it stays in the cache while the panels pass. */
-static void linear_block(void *arg, long block)
+/* Columns [first, last), in pairs, of a block with one panel. */
+static void dot_columns(const Linear *job, long block, long panel, long first, long last, float *total)
 {
     static const float ones[ROWS];
-    const Linear *job = arg;
-    const long pairs = job->pairs / job->groups, words = job->words / job->groups;
-    for (long panel = 0; panel < job->panels; panel++) {
-        float total[MOST * ROWS] = {0};
-        for (long group = 0; group < job->groups; group++) {
-            const uint32_t *x = job->x + (panel * job->pairs + group * pairs) * job->many;
-            const float *scale = job->scales == NULL ? ones : job->scales + (block * job->groups + group) * ROWS;
-            job->block(job->weight + block * job->words + group * words, x, pairs, scale, total);
-        }
-        write_panel(job, block, panel, total);
+    const long group_pairs = job->pairs / job->groups, words = job->words / job->pairs;
+    for (long pair = first; pair < last;) {
+        const long group = pair / group_pairs, end = (group + 1) * group_pairs < last ? (group + 1) * group_pairs : last;
+        const float *scale = job->scales == NULL ? ones : job->scales + (block * job->groups + group) * ROWS;
+        job->block(job->weight + block * job->words + pair * words, job->x + (panel * job->pairs + pair) * job->many,
+                   end - pair, scale, total);
+        pair = end;
     }
+}
+
+/* One block of the weight with some panels of x. A chunk of its columns stays in the cache while the panels pass. */
+static void dot_panels(const Linear *job, long block, long first, long last)
+{
+    float totals[PANELS][MOST * ROWS];
+    memset(totals, 0, (size_t)(last - first) * sizeof *totals);
+    for (long at = 0; at < job->pairs; at += CHUNK)
+        for (long panel = first; panel < last; panel++)
+            dot_columns(job, block, panel, at, at + CHUNK < job->pairs ? at + CHUNK : job->pairs, totals[panel - first]);
+    for (long panel = first; panel < last; panel++)
+        write_panel(job, block, panel, totals[panel - first]);
+}
+
+static void linear_block(void *arg, long block)
+{
+    const Linear *job = arg;
+    for (long first = 0; first < job->panels; first += PANELS)
+        dot_panels(job, block, first, first + PANELS < job->panels ? first + PANELS : job->panels);
 }
 
 typedef struct {
