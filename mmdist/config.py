@@ -283,7 +283,7 @@ class GenerateConfig(VideoConfig, SamplingParams, Config):
 
 
 @dataclass
-class PlanConfig(Config):
+class TableConfig(Config):
     format: str = key("table", "table for people, json for programs")
 
     def __post_init__(self) -> None:
@@ -291,5 +291,20 @@ class PlanConfig(Config):
         require(self.format in ("table", "json"), "format", self.format, "table|json")
 
 
+@dataclass
+class PlanConfig(TableConfig):
+    pass
+
+
+@dataclass
+class DoctorConfig(TableConfig):
+    pass
+
+
 # The schema of each task, by the name of its yaml and of its file.
-TASKS: dict[str, type[Config]] = {"chat": ChatConfig, "generate": GenerateConfig, "plan": PlanConfig}
+TASKS: dict[str, type[Config]] = {
+    "chat": ChatConfig,
+    "generate": GenerateConfig,
+    "plan": PlanConfig,
+    "doctor": DoctorConfig,
+}

@@ -17,6 +17,7 @@ Examples
   python launch.py task=generate input=requests.jsonl output=answers.jsonl checkpoint=DIR
   python launch.py task=generate input=FOLDER prompt="Describe the picture." output=answers.jsonl
   python launch.py task=plan checkpoint=DIR world_size=4 format=json
+  python launch.py task=doctor                                     what this machine has, and what is in the way
   python launch.py -m task=generate input=requests.jsonl world_size=1,2
   torchrun --nproc-per-node 2 launch.py checkpoint=DIR image=FILE prompt=TEXT
 Values of prompt=, image=, input= and other paths are taken as they stand; quote them for the shell only."""

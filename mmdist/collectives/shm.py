@@ -156,6 +156,17 @@ def open_shm(native: Native | None, *, rank: int, size: int, local_size: int, ti
     return joined
 
 
+def probe_shm() -> None:
+    """NoShm or OSError where processes of this machine could not share a segment; asked by one alone."""
+    fd = os.memfd_create("mmdist")
+    try:
+        os.ftruncate(fd, mmap.PAGESIZE)
+        map_segment(Seat(os.getpid(), set(), fd, os.fstat(fd).st_ino)).close()
+        os.close(os.pidfd_open(os.getpid()))
+    finally:
+        os.close(fd)
+
+
 def map_segment(first: Seat) -> mmap.mmap:
     fd = os.open(f"/proc/{first.pid}/fd/{first.fd}", os.O_RDWR)
     try:

@@ -90,15 +90,20 @@ def load_library(level: str = "auto") -> Native | None:
 @cache
 def load_level(level: str) -> Native | None:
     try:
-        toolchain = find_toolchain(level)
-        path = build(toolchain)
-        return Native(toolchain.level, path, open_library(path))
+        return open_level(level)
     except BuildError as error:
         if level != "auto":
             raise UserError(f"hardware.kernels={level}: {error}") from None
         if os.environ.get("LOCAL_RANK", "0") == "0":
             log.warning("no native kernels: %s; plain torch is used instead", error)
         return None
+
+
+def open_level(level: str) -> Native:
+    """BuildError where there is no way; UserError for a level that the CPU lacks."""
+    toolchain = find_toolchain(level)
+    path = build(toolchain)
+    return Native(toolchain.level, path, open_library(path))
 
 
 def describe_kernels(level: str) -> dict[str, str]:
