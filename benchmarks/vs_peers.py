@@ -70,7 +70,7 @@ def find_share(row: dict, side: str, checkpoint: Path) -> float | None:
 
 def report(rows: list[dict], peer: str, checkpoint: Path) -> str:
     """A Markdown table; shares of the limit in brackets."""
-    lines = [f"| case | unit | mmdist | {peer} | mmdist / {peer} (lowest - highest) | limit |", "|" + "---|" * 6]
+    lines = [f"| case | unit | us | {peer} | us / {peer} (lowest - highest) | limit |", "|" + "---|" * 6]
     for key in dict.fromkeys((row["case"], row["ours"], row["theirs"]) for row in rows):
         mine = [row for row in rows if (row["case"], row["ours"], row["theirs"]) == key]
         case, cells = CASES[key[0]], []
