@@ -12,7 +12,7 @@ from mmdist.config import EngineConfig, UserError
 from mmdist.engine.engine import Engine
 from mmdist.engine.load import load_engine, open_model
 from mmdist.engine.memory import rank_memory
-from mmdist.engine.pages import Int8Pages
+from mmdist.kernels.pages import Int8Pages, Slots
 from mmdist.tp import TP
 
 
@@ -25,13 +25,13 @@ def outputs(case: Case, size: int = 1, **engine: Any) -> dict[str, Any]:
 
 
 def test_vectors_come_back_within_half_a_step() -> None:
-    pages = Int8Pages((2, 10, 3, 16), torch.float32, torch.device("cpu"))
-    vectors, slots = torch.randn(4, 3, 16), torch.tensor([7, 1, 2, 3])
+    pages = Int8Pages((2, 5, 3, 2, 16), torch.float32, torch.device("cpu"))
+    vectors, slots = torch.randn(4, 3, 16), Slots(torch.tensor([7, 1, 2, 3]), 2)
     written = pages.write(1, slots, vectors)
     step = vectors.abs().amax(-1, keepdim=True) / 127
     assert ((written - vectors).abs() <= step / 2 + 1e-6).all()
     assert torch.equal(pages.read(1, slots), written)
-    assert torch.equal(pages.read(1, slice(1, 4)), written[1:])
+    assert torch.equal(pages.values[1, 3, :, 1] * pages.scales[1, 3, :, 1], written[0])
 
 
 def test_near_the_plain_cache(case: Case) -> None:

@@ -29,6 +29,9 @@ SIZES = (1, 2, 4, 8)
 class FullContext:
     """A cache that holds just this step, for one sequence."""
 
+    def store(self, layer: int, qkv: torch.Tensor, heads: list[int], rope: tuple[torch.Tensor, torch.Tensor]):
+        return plain.split_rotate(qkv, heads, rope)
+
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
         return plain.prefill_attention(q, k, v, **options)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from mmdist.kernels import plain
 from mmdist.models.base import Model, MultimodalModel
 from mmdist.models.decoder import Step
 from mmdist.plan import shard_plan
@@ -20,6 +21,11 @@ class RowAttention:
 
     def __init__(self, mask: torch.Tensor):
         self.mask = mask
+
+    def store(
+        self, layer: int, qkv: torch.Tensor, heads: Sequence[int], rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return plain.split_rotate(qkv, heads, rope)
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, window: int | None

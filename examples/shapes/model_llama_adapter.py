@@ -11,6 +11,7 @@ from torch import nn
 
 import model_llava_next as base
 from llava_parts import read_base, resize_positions
+from mmdist.kernels.kernels import PLAIN
 from mmdist.models.llama_adapter import LlamaAdapter, LlamaAdapterConfig
 from mmdist.models.llama_adapter_processor import PROMPT, PROMPT_WITH_INPUT
 from mmdist.models.original import MEAN, STD
@@ -82,7 +83,7 @@ def build_model(base_folder: Path) -> LlamaAdapter:
     for module in model.modules():
         init_module(module)
         if hasattr(module, "after_load"):
-            module.after_load(torch.device("cpu"))
+            module.after_load(PLAIN)
     model.load_state_dict(warm_start(model.state_dict(), read_base(base_folder)))
     for layer in model.decoder.layers:  # the original has no bias on keys and values
         layer.self_attn.qkv_proj.bias.register_hook(lambda grad: grad * (torch.arange(len(grad)) < PARAMS["dim"]))

@@ -11,6 +11,7 @@ from torch import nn
 
 import model_llava_next as base
 from llava_parts import read_base
+from mmdist.kernels.kernels import PLAIN
 from mmdist.models.minigpt4 import MiniGPT4, MiniGPT4Config
 from mmdist.models.minigpt4_processor import PLACEHOLDER, SYSTEM, VICUNA
 from mmdist.models.original import MEAN, STD
@@ -72,7 +73,7 @@ def build_model(base_folder: Path) -> MiniGPT4:
     for module in model.modules():
         init_module(module)
         if hasattr(module, "after_load"):
-            module.after_load(torch.device("cpu"))
+            module.after_load(PLAIN)
     model.load_state_dict(warm_start(model.state_dict(), read_base(base_folder)))
     return model
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmdist.kernels.kernels import PLAIN
 from mmdist.models.vlmo import Vlmo, VlmoConfig
 from mmdist.tp import TP
 from questions import ANSWERS, WORDS
@@ -46,7 +47,7 @@ def build_model(head: str) -> Vlmo:
     for module in model.modules():
         init_module(module)
     assert model.position_bias is not None
-    model.position_bias.after_load(torch.device("cpu"))
+    model.position_bias.after_load(PLAIN)
     return model
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from mmdist.config import EngineConfig, UserError
 from mmdist.engine.batch import Batch
-from mmdist.engine.pages import PAGES, Int8Pages, Pages, vector_bytes
 from mmdist.kernels import plain
+from mmdist.kernels.kernels import Kernels
+from mmdist.kernels.paged import DecodeTables
+from mmdist.kernels.pages import PAGES, Slots, vector_bytes
 from mmdist.models.base import MultimodalModel
 
 DEFAULT_MAX_MODEL_LEN = 4096
@@ -58,18 +60,22 @@ def cache_shape(model: MultimodalModel, config: EngineConfig) -> CacheShape:
 
 
 class PagedCache:
-    """Keys and values of every layer in slots; slot = block * block_size + place in the block."""
+    """Keys and values of every layer in blocks; slot = block * block_size + place in the block."""
 
-    def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device):
-        self.block_size, self.dtype, self.device = shape.block_size, dtype, device
-        size = (shape.num_layers, shape.num_blocks * shape.block_size, shape.num_kv_heads, shape.head_dim)
+    def __init__(self, shape: CacheShape, dtype: torch.dtype, kernels: Kernels):
+        self.block_size, self.dtype, self.device = shape.block_size, dtype, kernels.device
+        size = (shape.num_layers, shape.num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
         pages = PAGES[shape.kv_cache_dtype]
-        self.k, self.v = pages(size, dtype, device), pages(size, dtype, device)
+        self.k, self.v = pages(size, dtype, self.device), pages(size, dtype, self.device)
+        self.attention = kernels.paged_attention(self.k, self.v)
 
-    def slots(self, block_table: list[int], num_tokens: int) -> torch.Tensor:
-        """(num_tokens,) slots of a sequence's tokens."""
-        blocks = torch.tensor(block_table, dtype=torch.long)[:, None] * self.block_size
-        return (blocks + torch.arange(self.block_size)).flatten()[:num_tokens]
+    def slots(self, block_table: list[int], first: int, last: int) -> list[int]:
+        """Of a sequence's tokens [first, last)."""
+        size = self.block_size
+        return [block_table[token // size] * size + token % size for token in range(first, last)]
+
+    def slots_tensor(self, slots: list[int]) -> Slots:
+        return Slots(torch.tensor(slots, device=self.device), self.block_size)
 
 
 class StepCache:
@@ -77,60 +83,37 @@ class StepCache:
 
     def __init__(self, cache: PagedCache, batch: Batch):
         self.cache = cache
-        device = cache.device
-        tables = zip(batch.block_tables, batch.context_lens, strict=True)
-        slots = [cache.slots(table, context_len) for table, context_len in tables]
-        new = [s[len(s) - query_len :] for s, query_len in zip(slots, batch.query_lens, strict=True)]
-        self.new_slots = torch.cat(new).to(device)
         self.num_decodes = sum(query_len == 1 for query_len in batch.query_lens)
         assert all(query_len == 1 for query_len in batch.query_lens[: self.num_decodes]), "single tokens come first"
-        self.query_lens = batch.query_lens[self.num_decodes :]
-        self.prefill_slots = [s.to(device) for s in slots[self.num_decodes :]]
-        self.context_lens = torch.tensor(batch.context_lens[: self.num_decodes])
-        self.decode_slots = pad(slots[: self.num_decodes]).to(device)
-        self.run = contiguous_run(slots[0]) if self.num_decodes == 1 else None
-        self.masks: dict[int | None, torch.Tensor | None] = {}
+        parts = list(zip(batch.block_tables, batch.query_lens, batch.context_lens, strict=True))
+        new = [slot for table, query, context in parts for slot in cache.slots(table, context - query, context)]
+        self.new_slots = cache.slots_tensor(new)
+        self.tables = self.decode_tables(batch) if self.num_decodes else None
+        self.prefills = [
+            (query, None if query == context else cache.slots_tensor(cache.slots(table, 0, context)))
+            for table, query, context in parts[self.num_decodes :]
+        ]
+
+    def decode_tables(self, batch: Batch) -> DecodeTables:
+        tables, lens = batch.block_tables[: self.num_decodes], batch.context_lens[: self.num_decodes]
+        return DecodeTables(tables, lens, self.cache.block_size, self.cache.device)
+
+    def store(
+        self, layer: int, qkv: torch.Tensor, heads: Sequence[int], rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.cache.attention.store(layer, qkv, heads, rope, self.new_slots)
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, window: int | None
     ) -> torch.Tensor:
-        """Store k, v (tokens, kv_heads, head_dim), then attend with q (tokens, heads, head_dim) -> q's shape."""
-        k, v = self.cache.k.write(layer, self.new_slots, k), self.cache.v.write(layer, self.new_slots, v)
         out, row = [], self.num_decodes
-        if self.num_decodes:
-            keys, values = self.gather(self.cache.k, layer), self.gather(self.cache.v, layer)
-            out.append(plain.decode_attention(q[:row], keys, values, self.mask(window), scale=scale))
-        for query_len, slots in zip(self.query_lens, self.prefill_slots, strict=True):
+        if self.tables is not None:
+            out.append(self.cache.attention.decode(layer, q[:row], self.tables, scale=scale, window=window))
+        for query_len, slots in self.prefills:
             rows = slice(row, row + query_len)
-            fresh = query_len == len(slots)  # the whole context is in this step: no need to read it back
-            keys = k[rows] if fresh else self.cache.k.read(layer, slots)
-            values = v[rows] if fresh else self.cache.v.read(layer, slots)
+            # Without slots the whole context is in this step: no need to read it back.
+            keys = k[rows] if slots is None else self.cache.k.read(layer, slots)
+            values = v[rows] if slots is None else self.cache.v.read(layer, slots)
             out.append(plain.prefill_attention(q[rows], keys, values, scale=scale, window=window))
             row += query_len
         return out[0] if len(out) == 1 else torch.cat(out)
-
-    def gather(self, pages: Pages | Int8Pages, layer: int) -> torch.Tensor:
-        """-> (decodes, longest context, kv_heads, head_dim)."""
-        if self.run is not None:
-            return pages.read(layer, slice(*self.run))[None]
-        return pages.read(layer, self.decode_slots.flatten()).unflatten(0, self.decode_slots.shape)
-
-    def mask(self, window: int | None) -> torch.Tensor | None:
-        """(decodes, 1, 1, longest context) bool, or None where every sequence sees all of it."""
-        if window not in self.masks:
-            lens = self.context_lens[:, None]
-            places = torch.arange(int(lens.max()))
-            seen = places < lens if window is None else (places < lens) & (places >= lens - window)
-            self.masks[window] = None if seen.all() else seen[:, None, None].to(self.cache.device)
-        return self.masks[window]
-
-
-def pad(slots: list[torch.Tensor]) -> torch.Tensor:
-    """Rows of one length; what is added points to slot 0 and is masked out."""
-    return pad_sequence(slots, batch_first=True) if slots else torch.empty(0, 0, dtype=torch.long)
-
-
-def contiguous_run(slots: torch.Tensor) -> tuple[int, int] | None:
-    """[first, last) when the slots follow one another, so that the cache can be read in place."""
-    first, last = int(slots[0]), int(slots[-1]) + 1
-    return (first, last) if bool((slots == torch.arange(first, first + len(slots))).all()) else None

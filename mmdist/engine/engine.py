@@ -11,7 +11,6 @@ from itertools import islice
 
 import torch
 
-from mmdist.backend import Backend
 from mmdist.config import EngineConfig, UserError
 from mmdist.engine.batch import Batch, Scheduled, build_batch, image_embeds, take_memories
 from mmdist.engine.blocks import BlockManager
@@ -21,6 +20,7 @@ from mmdist.engine.request import Output, Request, Sequence, failed
 from mmdist.engine.runner import Runner
 from mmdist.engine.sampler import logprobs_entry, sample
 from mmdist.engine.scheduler import Scheduler
+from mmdist.kernels.kernels import Kernels
 from mmdist.models.base import MultimodalModel, Processor
 from mmdist.tp import TP
 
@@ -33,7 +33,7 @@ class Engine:
         model: MultimodalModel,
         tp: TP,
         config: EngineConfig,
-        backend: Backend,
+        kernels: Kernels,
         *,
         processor: Processor | None,
         eos_token_ids: set[int],
@@ -41,7 +41,7 @@ class Engine:
         self.tp, self.processor, self.eos_token_ids = tp, processor, eos_token_ids
         shape = cache_shape(model, config)
         self.max_model_len = shape.max_model_len
-        self.runner = Runner(model, PagedCache(shape, model.dtype, backend.device), tp, backend)
+        self.runner = Runner(model, PagedCache(shape, model.dtype, kernels), tp)
         self.scheduler = Scheduler(config, BlockManager(shape.num_blocks, shape.block_size))
         self.sequences: dict[str, Sequence] = {}
 

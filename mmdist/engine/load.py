@@ -118,7 +118,7 @@ def load_engine(config: Config, tp: TP, backend: Backend) -> AnyEngine:
         return EncoderEngine(model, tp, settings, backend, processor=processor)
     assert isinstance(model, MultimodalModel), f"no engine runs {type(model).__name__}"
     eos = find_eos(checkpoint.folder, model_config)
-    return Engine(model, tp, settings, backend, processor=processor, eos_token_ids=eos)
+    return Engine(model, tp, settings, kernels, processor=processor, eos_token_ids=eos)
 
 
 def fit_memory(config: Config, model: Model, plan: Plan, tp: TP, backend: Backend) -> EngineConfig:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from mmdist.backend import Backend
 from mmdist.engine.batch import Batch
 from mmdist.engine.cache import PagedCache, StepCache
 from mmdist.models.base import MultimodalModel
@@ -16,8 +15,8 @@ from mmdist.tp import TP
 
 
 class Runner:
-    def __init__(self, model: MultimodalModel, cache: PagedCache, tp: TP, backend: Backend):
-        self.model, self.cache, self.tp, self.device = model, cache, tp, backend.device
+    def __init__(self, model: MultimodalModel, cache: PagedCache, tp: TP):
+        self.model, self.cache, self.tp, self.device = model, cache, tp, cache.device
         self.memories: dict[str, Any] = {}
         self.keeps_all = False  # every layer computes every token, for who watches the layers
 

@@ -6,6 +6,8 @@ import torch
 
 from mmdist.kernels import packed, plain
 from mmdist.kernels.linear import Linear, PackedLinear, quantized_linear
+from mmdist.kernels.paged import PagedAttention
+from mmdist.kernels.pages import Int8Pages, Pages
 from mmdist.quant import Quantized
 
 
@@ -46,3 +48,30 @@ class Kernels:
     def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
         """x * sigmoid(1.702 x), CLIP's approximation of GELU."""
         return plain.quick_gelu(x)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """(..., hidden) -> (..., hidden)"""
+        return plain.rms_norm(x, weight, eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + y, and that normed; all (..., hidden)."""
+        x = x + y
+        return x, plain.rms_norm(x, weight, eps)
+
+    def gated(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+        """(..., gate | up) -> activation(gate) * up, half as wide."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return plain.find_activation(activation)(gate) * up
+
+    def paged_attention(self, k: Pages | Int8Pages, v: Pages | Int8Pages) -> PagedAttention:
+        return PagedAttention(k, v)
+
+    def top_k(self, logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, vocab) -> the k largest in float32 and their places, each (rows, k), by falling logit and, among
+        equals, rising place; k <= vocab."""
+        return plain.top_k(logits, k)
+
+
+PLAIN = Kernels(torch.device("cpu"))  # what layers have until they are loaded

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 from mmdist.kernels.kernels import Kernels
 from mmdist.kernels.linear import Linear
+from mmdist.kernels.native_paged import NativePagedAttention
+from mmdist.kernels.pages import Int8Pages, Pages
 from mmdist.native.build import Native, load_library
 from mmdist.quant import Quantized
 
@@ -47,6 +49,11 @@ class NativeKernels(Kernels):
         self._linear = native.declare("mmdist_linear", None, c_int, *addresses, *sizes)
         self._attention = native.declare("mmdist_attention", c_int, POINTER(AttentionCall))
         self._quick_gelu = native.declare("mmdist_quick_gelu", None, c_void_p, c_void_p, c_long)
+        self._norm = native.declare("mmdist_rms_norm", None, *[c_void_p] * 3, c_long, c_long, c_float)
+        self._add_norm = native.declare("mmdist_add_rms_norm", None, *[c_void_p] * 5, c_long, c_long, c_float)
+        self._gated_silu = native.declare("mmdist_gated_silu", None, c_void_p, c_void_p, c_long, c_long)
+        self._top_k = native.declare("mmdist_top_k", None, c_void_p, *[c_long] * 4, c_void_p, c_void_p)
+        self._native = native
 
     def linear(self, weight: torch.Tensor) -> Linear | None:
         return NativeLinear(self, BF16, weight)
@@ -88,6 +95,44 @@ class NativeKernels(Kernels):
         self._quick_gelu(x.data_ptr(), y.data_ptr(), x.numel())
         return y
 
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        if not are_bf16(x, weight):
+            return super().rms_norm(x, weight, eps)
+        x = x.contiguous()
+        out, hidden = torch.empty_like(x), x.shape[-1]
+        self._norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // hidden, hidden, eps)
+        return out
+
+    def add_rms_norm(
+        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not are_bf16(x, y, weight) or x.shape != y.shape:
+            return super().add_rms_norm(x, y, weight, eps)
+        x, y = x.contiguous(), y.contiguous()
+        total, out, hidden = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
+        addresses = x.data_ptr(), y.data_ptr(), weight.data_ptr(), total.data_ptr(), out.data_ptr()
+        self._add_norm(*addresses, x.numel() // hidden, hidden, eps)
+        return total, out
+
+    def gated(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+        if activation != "silu" or not are_bf16(gate_up):
+            return super().gated(gate_up, activation)
+        gate_up, width = gate_up.contiguous(), gate_up.shape[-1] // 2
+        out = gate_up.new_empty(*gate_up.shape[:-1], width)
+        self._gated_silu(gate_up.data_ptr(), out.data_ptr(), out.numel() // width, width)
+        return out
+
+    def paged_attention(self, k: Pages | Int8Pages, v: Pages | Int8Pages) -> NativePagedAttention:
+        return NativePagedAttention(self._native, k, v)
+
+    def top_k(self, logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if not are_bf16(logits) or logits.stride(-1) != 1:
+            return super().top_k(logits, k)
+        rows, columns = logits.shape
+        values, ids = torch.empty(rows, k), torch.empty(rows, k, dtype=torch.long)
+        self._top_k(logits.data_ptr(), rows, columns, logits.stride(0), k, values.data_ptr(), ids.data_ptr())
+        return values, ids
+
     def pack(self, kind: int, weight: torch.Tensor) -> torch.Tensor:
         """(out, in) bfloat16 or int8 -> uint8 in blocks, as linear.c reads them."""
         rows, columns = weight.shape
@@ -121,6 +166,9 @@ class NativeLinear:
 def is_rows(x: torch.Tensor) -> bool:
     """True where the last two dimensions of (batch, tokens, heads, head_dim) lie end to end."""
     return x.stride(3) == 1 and x.stride(2) == x.shape[3]
+
+def are_bf16(*tensors: torch.Tensor) -> bool:
+    return all(tensor.dtype is torch.bfloat16 for tensor in tensors)
 
 
 def blocked(scale: torch.Tensor) -> torch.Tensor:

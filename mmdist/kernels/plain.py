@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -33,10 +33,32 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight * wide.to(x.dtype)
 
 
+def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """See Kernels.top_k; torch.topk alone leaves it open which of equal logits it takes, and their order."""
+    if k == 1:
+        ids = logits.argmax(-1, keepdim=True)
+        return logits.gather(-1, ids).float(), ids
+    values, ids = [], []
+    for row, kth in zip(logits, logits.topk(k).values[:, -1], strict=True):
+        among = (~(row < kth)).nonzero()[:, 0]  # in order of place; NaN is the largest
+        order = row[among].sort(descending=True, stable=True).indices[:k]
+        ids.append(among[order])
+        values.append(row[ids[-1]])
+    return torch.stack(values).float(), torch.stack(ids)
+
+
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate (tokens, heads, head_dim) by (tokens, 1, head_dim); dimension i pairs with i + head_dim / 2."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def split_rotate(
+    qkv: torch.Tensor, heads: Sequence[int], rope: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(tokens, q | k | v) with so many heads each -> rotated q and k, and v: (tokens, heads, head_dim) each."""
+    q, k, v = qkv.unflatten(-1, (sum(heads), -1)).split(list(heads), dim=1)
+    return apply_rope(q, *rope), apply_rope(k, *rope), v
 
 
 def causal_mask(query_len: int, context_len: int, window: int | None, device: torch.device) -> torch.Tensor:

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from mmdist.kernels import plain
 from mmdist.layers.linear import ColumnParallelLinear, RowParallelLinear
 from mmdist.plan import Piece
 from mmdist.tp import TP
@@ -18,10 +17,17 @@ from mmdist.tp import TP
 class AttentionCache(Protocol):
     """What a layer needs of the KV cache for one step."""
 
+    def store(
+        self, layer: int, qkv: torch.Tensor, heads: Sequence[int], rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(tokens, q | k | v) with so many heads each -> q, k, v (tokens, heads, head_dim): q and k rotated, k and v
+        stored and as they will be read. qkv may be overwritten."""
+        ...
+
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, window: int | None
     ) -> torch.Tensor:
-        """Store k, v (tokens, kv_heads, head_dim); q (tokens, heads, head_dim) -> the same shape."""
+        """With what store() gave: q (tokens, heads, head_dim) -> the same shape."""
         ...
 
 
@@ -77,14 +83,7 @@ class Attention(nn.Module):
         self.num_kv_heads = self.heads[1]
         self.o_proj = RowParallelLinear(num_heads * head_dim, hidden_size, tp, bias=bias)
 
-    def project(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(tokens, hidden) -> rotated q and k, and v, each (tokens, this rank's heads, head_dim)."""
-        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)
-        return plain.apply_rope(q, *rope), plain.apply_rope(k, *rope), v
-
     def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
-        q, k, v = self.project(x, context.rope)
+        q, k, v = context.cache.store(self.layer, self.qkv_proj(x), self.heads, context.rope)
         out = context.cache.attend(self.layer, q, k, v, scale=self.scale, window=self.window)
         return self.o_proj(out.flatten(1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from mmdist.kernels.kernels import PLAIN, Kernels
 from mmdist.kernels.plain import find_activation
 from mmdist.layers.linear import ColumnParallelLinear, RowParallelLinear
 from mmdist.plan import Piece
@@ -20,8 +21,12 @@ class GatedMLP(nn.Module):
         pieces = [Piece(intermediate_size, name) for name in ("gate_proj", "up_proj")]
         self.gate_up_proj = ColumnParallelLinear(hidden_size, pieces, tp, bias=bias)
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, tp, bias=bias)
-        self.activation = find_activation(activation)
+        find_activation(activation)  # refuses an unknown one
+        self.activation = activation
+        self.kernels = PLAIN
+
+    def after_load(self, kernels: Kernels) -> None:
+        self.kernels = kernels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(self.activation(gate) * up)
+        return self.down_proj(self.kernels.gated(self.gate_up_proj(x), self.activation))

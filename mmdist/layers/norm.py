@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mmdist.kernels import plain
+from mmdist.kernels.kernels import PLAIN, Kernels
 
 
 class RMSNorm(nn.Module):
@@ -13,6 +13,14 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(hidden_size))
         self.eps = eps
+        self.kernels = PLAIN
+
+    def after_load(self, kernels: Kernels) -> None:
+        self.kernels = kernels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return plain.rms_norm(x, self.weight, self.eps)
+        return self.kernels.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + y, and that normed."""
+        return self.kernels.add_rms_norm(x, y, self.weight, self.eps)

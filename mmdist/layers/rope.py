@@ -15,7 +15,7 @@ STATIC_SCALINGS = ("linear", "llama3", "yarn")
 
 
 class RotaryEmbedding(nn.Module):
-    """positions -> the cosines and sines that `kernels.plain.apply_rope` rotates by.
+    """positions -> the cosines and sines that the cache rotates q and k by.
 
     config: a transformers text config (its rope_parameters say the rest).
     """

@@ -86,10 +86,13 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, context: Context, rows: torch.Tensor | None = None) -> torch.Tensor:
         """(tokens, hidden) -> (tokens, hidden), or of `rows` alone: what no one asks for after the last layer."""
-        x = x + self.self_attn(self.input_layernorm(x), context)
+        attended = self.self_attn(self.input_layernorm(x), context)
         if rows is not None:
-            x = x[rows]
-        return x + self.mlp(self.post_attention_layernorm(x)) if len(x) else x
+            x, attended = x[rows], attended[rows]
+        if not len(x):
+            return x
+        x, normed = self.post_attention_layernorm.add(x, attended)
+        return x + self.mlp(normed)
 
 
 @dataclass

@@ -93,7 +93,7 @@ class AdapterAttention(Attention):
         return torch.cat(out)
 
     def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
-        q, k, v = self.project(x, context.rope)
+        q, k, v = context.cache.store(self.layer, self.qkv_proj(x), self.heads, context.rope)
         out = context.cache.attend(self.layer, q, k, v, scale=self.scale, window=self.window)
         return self.o_proj((out + self.look(q, context)).flatten(1))
 
