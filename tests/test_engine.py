@@ -14,7 +14,7 @@ from mmdist.engine.blocks import BlockManager
 from mmdist.engine.detokenizer import Detokenizer
 from mmdist.engine.engine import Engine
 from mmdist.engine.request import Request, Sequence
-from mmdist.engine.sampler import logprobs_entry, penalize, sample, warp
+from mmdist.engine.sampler import Scores, likeliest, logprobs_entry, penalize, probabilities, sample
 from mmdist.engine.scheduler import Scheduler
 from mmdist.models.base import Prompt
 
@@ -67,6 +67,30 @@ def test_sampling_is_seeded_and_alone(mistral: Case) -> None:
     assert all_answers(mistral, params=params, max_num_seqs=4) == alone
     assert all_answers(mistral, size=2, params=params, max_num_seqs=4) == alone
     assert all_answers(mistral, params={**params, "seed": 8}, max_num_seqs=4) != alone
+
+
+@pytest.mark.parametrize("size", (1, 2))
+def test_unlike_neighbours_change_nothing(mistral: Case, size: int) -> None:
+    """Who needs one token to choose from, who needs some and who needs all of them, with the same seeds alone."""
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.9, "top_k": 20},
+        {"temperature": 0.9, "top_k": 20, "logprobs": 3},
+        {"temperature": 0.9, "top_p": 0.8},
+        {"repetition_penalty": 1.3},
+        {"temperature": 0.9, "top_k": 400, "repetition_penalty": 1.1},
+    ]
+    item_id = next(iter(mistral.items))
+
+    def work(engine: Engine) -> Any:
+        requests = [mistral.request(engine, item_id, max_new_tokens=8, seed=3, **kind) for kind in kinds]
+        for number, request in enumerate(requests):
+            request.id = str(number)
+        return {i: output.token_ids for i, output in answers(engine, requests).items()}
+
+    together, alone = (run_engine(size, config_for(mistral, max_num_seqs=count), work) for count in (6, 1))
+    assert together == alone
+    assert together["1"] == together["2"] and len(set(map(tuple, together.values()))) == len(kinds) - 1
 
 
 def test_sliding_window(mistral: Case, tmp_path: Any) -> None:
@@ -177,7 +201,9 @@ def test_sampler_against_transformers() -> None:
     torch.manual_seed(0)
     for top_k, top_p in ((0, 0.7), (5, 1.0), (20, 0.5), (0, 1.0), (3, 0.99)):
         logits, seen = torch.randn(100) * 3, torch.randint(0, 100, (10,))
-        ours = warp(penalize(logits, seen, 1.3) / 0.7, SamplingParams(top_k=top_k, top_p=top_p)).softmax(-1)
+        params = SamplingParams(temperature=0.7, top_k=top_k, top_p=top_p)
+        values, ids = likeliest(penalize(logits, seen, 1.3), params)
+        ours = torch.zeros(100).index_copy(0, ids, probabilities(values, params))
         theirs = RepetitionPenaltyLogitsProcessor(1.3)(seen[None], logits[None].clone())
         theirs = TemperatureLogitsWarper(0.7)(seen[None], theirs)
         theirs = TopKLogitsWarper(top_k)(seen[None], theirs) if top_k else theirs
@@ -188,7 +214,7 @@ def test_sampler_against_transformers() -> None:
 def test_sampled_frequencies() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     state = sequence(SamplingParams(temperature=0.5, seed=1))
-    counts = torch.bincount(torch.tensor([sample(logits, state) for _ in range(4000)]), minlength=4) / 4000
+    counts = torch.bincount(torch.tensor([sample(Scores(logits), state) for _ in range(4000)]), minlength=4) / 4000
     torch.testing.assert_close(counts, (logits / 0.5).softmax(-1), atol=0.03, rtol=0)
 
 

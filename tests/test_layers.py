@@ -127,6 +127,25 @@ def test_parallel_equals_dense(name: str, size: int, tmp_path: Path) -> None:
         torch.testing.assert_close(result, dense, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("vocab", (5, 13, 200))
+def test_likeliest_tokens_over_ranks(vocab: int, size: int) -> None:
+    """Equal logits in the order of their ids, ranks with fewer tokens than asked for, ranks with none."""
+    logits = inputs(4, 200)[:, :vocab].round()  # many are equal
+    want, places = logits.sort(descending=True, stable=True)
+
+    def work(tp: TP) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        with torch.device("meta"):
+            head = ParallelLMHead(vocab, 6, tp)
+        padded = torch.nn.functional.pad(logits, (0, len(head.weight) * size - vocab), value=9.0)
+        local = padded.split(len(head.weight), dim=1)[tp.rank]
+        return [head.top_k(local, k) for k in (1, 3, vocab, 300)]
+
+    for found in run_ranks(size, work):
+        for (values, ids), k in zip(found, (1, 3, vocab, 300), strict=True):
+            assert torch.equal(ids, places[:, :k]) and torch.equal(values, want[:, :k])
+
+
 @pytest.mark.parametrize("collectives", ("shm", "torch"))
 @pytest.mark.parametrize("size", (1, 2, 8))
 def test_collectives(size: int, collectives: str) -> None:

@@ -73,14 +73,14 @@ def test_pictures_are_forgotten_with_their_requests(mllama: Case) -> None:
     held = []
 
     def work(engine: Engine) -> Any:
-        forward = engine.runner.forward
+        score = engine.runner.score
 
         def counted(*args: Any) -> Any:
-            logits = forward(*args)
+            scores = score(*args)
             held.append(sum(len(memory.seen) for memory in engine.runner.memories.values()))
-            return logits
+            return scores
 
-        engine.runner.forward = counted  # type: ignore[method-assign]
+        engine.runner.score = counted  # type: ignore[method-assign]
         requests = [mllama.request(engine, i, max_new_tokens=12, ignore_eos=True) for i in mllama.items]
         return {item_id: output.token_ids for item_id, output in answers(engine, requests).items()}
 

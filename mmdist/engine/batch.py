@@ -26,7 +26,8 @@ class Batch:
     """Sequences laid end to end, those with one new token first; plain lists, so that it travels in one message.
 
     query_lens: new tokens of each sequence; context_lens: its tokens in the cache after this step. image_rows: which
-    of the new tokens are pictures'; logits_rows: after which of them a token is sampled. memory_ids: whose pictures
+    of the new tokens are pictures'; logits_rows: after which of them a token is sampled, and candidates: from how many
+    of the likeliest tokens (0, or none said: all). memory_ids: whose pictures
     each sequence's layers look at ("" for none); kept_memories: all that are still needed.
     """
 
@@ -36,6 +37,7 @@ class Batch:
     block_tables: list[list[int]] = field(default_factory=list)
     image_rows: list[int] = field(default_factory=list)
     logits_rows: list[int] = field(default_factory=list)
+    candidates: list[int] = field(default_factory=list)
     memory_ids: list[str] = field(default_factory=list)
     kept_memories: list[str] = field(default_factory=list)
     new_memories: list[NewMemory] = field(default_factory=list)

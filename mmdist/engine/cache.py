@@ -9,7 +9,6 @@ import torch
 
 from mmdist.config import EngineConfig, UserError
 from mmdist.engine.batch import Batch
-from mmdist.kernels import plain
 from mmdist.kernels.kernels import Kernels
 from mmdist.kernels.paged import DecodeTables
 from mmdist.kernels.pages import PAGES, Slots, vector_bytes
@@ -67,7 +66,7 @@ class PagedCache:
         size = (shape.num_layers, shape.num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
         pages = PAGES[shape.kv_cache_dtype]
         self.k, self.v = pages(size, dtype, self.device), pages(size, dtype, self.device)
-        self.attention = kernels.paged_attention(self.k, self.v)
+        self.kernels, self.attention = kernels, kernels.paged_attention(self.k, self.v)
 
     def slots(self, block_table: list[int], first: int, last: int) -> list[int]:
         """Of a sequence's tokens [first, last)."""
@@ -114,6 +113,7 @@ class StepCache:
             # Without slots the whole context is in this step: no need to read it back.
             keys = k[rows] if slots is None else self.cache.k.read(layer, slots)
             values = v[rows] if slots is None else self.cache.v.read(layer, slots)
-            out.append(plain.prefill_attention(q[rows], keys, values, scale=scale, window=window))
+            whole = (x[None] for x in (q[rows], keys, values))
+            out.append(self.cache.kernels.attention(*whole, scale=scale, causal=True, window=window)[0])
             row += query_len
         return out[0] if len(out) == 1 else torch.cat(out)

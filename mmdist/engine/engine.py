@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-import torch
-
 from mmdist.config import EngineConfig, UserError
 from mmdist.engine.batch import Batch, Scheduled, build_batch, image_embeds, take_memories
 from mmdist.engine.blocks import BlockManager
@@ -18,7 +16,7 @@ from mmdist.engine.cache import PagedCache, cache_shape
 from mmdist.engine.detokenizer import Detokenizer
 from mmdist.engine.request import Output, Request, Sequence, failed
 from mmdist.engine.runner import Runner
-from mmdist.engine.sampler import logprobs_entry, sample
+from mmdist.engine.sampler import Scores, logprobs_entry, num_candidates, sample
 from mmdist.engine.scheduler import Scheduler
 from mmdist.kernels.kernels import Kernels
 from mmdist.models.base import MultimodalModel, Processor
@@ -85,16 +83,17 @@ class Engine:
         for item in scheduled:
             self._encode_images(item.sequence)
         batch = build_batch(scheduled, self.scheduler.running)
+        batch.candidates = [num_candidates(item.sequence.request.params) for item in scheduled if item.samples]
         memories = take_memories(scheduled, batch)
         self.tp.broadcast_object(batch)
-        logits = self.runner.forward(batch, image_embeds(scheduled), memories)
-        return self._finish_step(scheduled, logits.float().cpu())
+        scores = self.runner.score(batch, image_embeds(scheduled), memories)
+        return self._finish_step(scheduled, scores)
 
     def follow(self) -> int:
         """The other ranks' life: compute what rank 0 sends, until it stops; returns the exit code 0."""
         while (batch := self.tp.broadcast_object(None)) is not None:
             if batch.input_ids:
-                self.runner.forward(batch)
+                self.runner.score(batch)
         return 0
 
     def keep_alive(self) -> None:
@@ -129,22 +128,18 @@ class Engine:
         if vision and sequence.image_embeds is None:
             sequence.image_embeds = self.runner.encode_images(vision)
 
-    def _finish_step(self, scheduled: list[Scheduled], logits: torch.Tensor) -> list[Output]:
-        outputs, row = [], 0
+    def _finish_step(self, scheduled: list[Scheduled], scores: list[Scores]) -> list[Output]:
+        sampled = [item.sequence for item in scheduled if item.samples]
         for item in scheduled:
-            samples = item.samples
             item.sequence.num_computed = item.stop
-            if samples:
-                outputs.append(self._advance(item.sequence, logits[row]))
-                row += 1
-        return outputs
+        return [self._advance(sequence, own) for sequence, own in zip(sampled, scores, strict=True)]
 
-    def _advance(self, sequence: Sequence, logits: torch.Tensor) -> Output:
+    def _advance(self, sequence: Sequence, scores: Scores) -> Output:
         """Sample a sequence's next token and say what is new."""
         params = sequence.request.params
-        token_id = sample(logits, sequence)
+        token_id = sample(scores, sequence)
         if params.logprobs is not None:
-            sequence.logprobs.append(logprobs_entry(logits, token_id, params.logprobs))
+            sequence.logprobs.append(logprobs_entry(scores.logits, token_id, params.logprobs))
         sequence.output_ids.append(token_id)
         reason = self._finish_reason(sequence, token_id)
         if reason is not None:

@@ -9,6 +9,7 @@ import torch
 
 from mmdist.engine.batch import Batch
 from mmdist.engine.cache import PagedCache, StepCache
+from mmdist.engine.sampler import Scores
 from mmdist.models.base import MultimodalModel
 from mmdist.models.decoder import Step
 from mmdist.tp import TP
@@ -30,6 +31,32 @@ class Runner:
         self, batch: Batch, image_embeds: Sequence[torch.Tensor] = (), new_memories: Sequence[torch.Tensor] = ()
     ) -> torch.Tensor:
         """-> (len(batch.logits_rows), vocab) logits, equal on every rank. The pictures are rank 0's alone."""
+        return self.model.compute_logits(self.hidden(batch, image_embeds, new_memories))
+
+    @torch.inference_mode()
+    def score(
+        self, batch: Batch, image_embeds: Sequence[torch.Tensor] = (), new_memories: Sequence[torch.Tensor] = ()
+    ) -> list[Scores]:
+        """As forward(), but only what batch.candidates asks for of each of the batch.logits_rows."""
+        hidden = self.hidden(batch, image_embeds, new_memories)
+        if not batch.logits_rows:
+            return []
+        counts = batch.candidates or [0] * len(batch.logits_rows)
+        head, local = self.model.lm_head, self.model.lm_head.local(hidden)
+        if min(counts) == 0:
+            whole = [row for row, count in enumerate(counts) if count == 0]
+            logits = iter(head.gather(local[whole]).float().cpu())
+        if max(counts) > 0:
+            values, ids = (found.cpu() for found in head.top_k(local, max(counts)))
+        return [
+            Scores(values[row, :count], ids[row, :count]) if count else Scores(next(logits))
+            for row, count in enumerate(counts)
+        ]
+
+    def hidden(
+        self, batch: Batch, image_embeds: Sequence[torch.Tensor], new_memories: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """-> (len(batch.logits_rows), hidden), equal on every rank"""
         self.update_memories(batch, new_memories)
         lens = zip(batch.query_lens, batch.context_lens, strict=True)
         positions = torch.cat([torch.arange(context - query, context) for query, context in lens])
@@ -44,9 +71,7 @@ class Runner:
             rows=self.find_rows(batch),
         )
         hidden = self.model(step)
-        if not batch.logits_rows:
-            return hidden.new_empty(0, 0)
-        return self.model.compute_logits(hidden if step.rows is not None else hidden[self.to_device(batch.logits_rows)])
+        return hidden[self.to_device(batch.logits_rows)] if self.keeps_all else hidden
 
     def find_rows(self, batch: Batch) -> torch.Tensor | None:
         """Step.rows: the last layer does no more than the logits need."""

@@ -1,23 +1,50 @@
-"""From logits to the next token, one request at a time, so that none depends on its neighbours; on rank 0 only."""
+"""From scores to the next token, one request at a time, so that none depends on its neighbours; on rank 0 only.
+
+Most requests need but a few of the likeliest tokens (one, or top_k), which the ranks find without gathering the logits.
+Equal logits are taken in the order of their ids, so that the world size changes nothing.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 from mmdist.config import SamplingParams
 from mmdist.engine.request import Sequence
+from mmdist.kernels import plain
+
+MAX_CANDIDATES = 256  # beyond, gathering the logits costs less
 
 
-def sample(logits: torch.Tensor, sequence: Sequence) -> int:
-    """(vocab,) float32 on the CPU -> the next token id. The order of the steps is vLLM's and transformers'."""
-    params = sequence.request.params
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sequence.tokens(0, sequence.num_tokens))
-        logits = penalize(logits, seen, params.repetition_penalty)
+@dataclass
+class Scores:
+    """What one token is chosen by: float32 logits on the CPU, of the whole vocabulary or (ids) the likeliest tokens,
+    these by falling logit."""
+
+    logits: torch.Tensor
+    ids: torch.Tensor | None = None
+
+
+def num_candidates(params: SamplingParams) -> int:
+    """How many of the likeliest tokens are enough to choose from; 0: it takes the whole vocabulary."""
+    if params.logprobs is not None or params.repetition_penalty != 1.0:
+        return 0
     if params.temperature == 0:
-        return int(logits.argmax())
-    probabilities = warp(logits / params.temperature, params).softmax(-1)
-    return int(torch.multinomial(probabilities, 1, generator=sequence.generator))
+        return 1
+    return params.top_k if 0 < params.top_k <= MAX_CANDIDATES else 0
+
+
+def sample(scores: Scores, sequence: Sequence) -> int:
+    """The next token id. The order of the steps is vLLM's and transformers'."""
+    params, logits, ids = sequence.request.params, scores.logits, scores.ids
+    if params.repetition_penalty != 1.0:
+        logits = penalize(logits, torch.tensor(sequence.tokens(0, sequence.num_tokens)), params.repetition_penalty)
+    if ids is None:
+        logits, ids = likeliest(logits, params)
+    if params.temperature == 0:
+        return int(ids[0])
+    return int(ids[torch.multinomial(probabilities(logits, params), 1, generator=sequence.generator)])
 
 
 def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -26,16 +53,23 @@ def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.
     return logits.index_put((seen,), torch.where(values > 0, values / penalty, values * penalty))
 
 
-def warp(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Rule out all but the top_k likeliest, then all but the likeliest that hold top_p of the probability."""
-    if 0 < params.top_k < len(logits):
-        kth = logits.topk(params.top_k).values[-1]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+def likeliest(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits and ids to choose from: the best, the top_k likeliest, or all."""
+    count = 1 if params.temperature == 0 else params.top_k
+    if not 0 < count < len(logits):
+        return logits, torch.arange(len(logits))
+    values, ids = plain.top_k(logits[None], count)
+    return values[0], ids[0]
+
+
+def probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """After temperature, and without all but the likeliest tokens that hold top_p of the probability."""
+    logits = logits / params.temperature
     if params.top_p < 1:
-        ordered, order = logits.sort(descending=True)
+        ordered, order = logits.sort(descending=True, stable=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
         logits = logits.index_fill(0, order[before >= params.top_p], -torch.inf)
-    return logits
+    return logits.softmax(-1)
 
 
 def logprobs_entry(logits: torch.Tensor, token_id: int, count: int) -> dict:

@@ -167,6 +167,7 @@ def is_rows(x: torch.Tensor) -> bool:
     """True where the last two dimensions of (batch, tokens, heads, head_dim) lie end to end."""
     return x.stride(3) == 1 and x.stride(2) == x.shape[3]
 
+
 def are_bf16(*tensors: torch.Tensor) -> bool:
     return all(tensor.dtype is torch.bfloat16 for tensor in tensors)
 

@@ -38,13 +38,15 @@ def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     if k == 1:
         ids = logits.argmax(-1, keepdim=True)
         return logits.gather(-1, ids).float(), ids
-    values, ids = [], []
-    for row, kth in zip(logits, logits.topk(k).values[:, -1], strict=True):
-        among = (~(row < kth)).nonzero()[:, 0]  # in order of place; NaN is the largest
-        order = row[among].sort(descending=True, stable=True).indices[:k]
-        ids.append(among[order])
-        values.append(row[ids[-1]])
-    return torch.stack(values).float(), torch.stack(ids)
+    kths = logits.topk(k).values[:, -1]
+    ids = torch.stack([largest_places(row, kth, k) for row, kth in zip(logits, kths, strict=True)])
+    return logits.gather(-1, ids).float(), ids
+
+
+def largest_places(row: torch.Tensor, kth: torch.Tensor, k: int) -> torch.Tensor:
+    """(k,); kth: the k-th largest number."""
+    among = (~(row < kth)).nonzero()[:, 0]  # in order of place; NaN is the largest
+    return among[row[among].sort(descending=True, stable=True).indices[:k]]
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
