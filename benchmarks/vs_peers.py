@@ -52,6 +52,7 @@ def measure_pair(ours: System, theirs: System, cases: dict[str, Case], rounds: i
             for side in (ours, theirs) if number % 2 == 0 else (theirs, ours):
                 row["mmdist" if side is ours else "peer"] = case.run(side)
             row["limit"] = (before + limit()) / 2
+            tqdm.write(json.dumps(row), file=sys.stderr)  # an ended run leaves what it has measured
             if number >= 0:  # round -1 warms up
                 rows.append(row)
     return rows
