@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from mmdist.agent import run_agent
 from mmdist.backend import count_devices, find_device, init_backend, threads_per_rank
 from mmdist.config import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, Config, UserError
-from mmdist.engine.load import AnyEngine, asked_world_size, find_checkpoint, load_engine
+from mmdist.engine.load import AnyEngine, asked_world_size, find_checkpoint, load_engine, split_world_size
 from mmdist.log import init_log
 from mmdist.models.family import check_world_size, find_model, legal_world_sizes, load_model_config
 from mmdist.tasks.job import make_output_dir
@@ -58,11 +58,13 @@ def start(config: Config, command: list[str]) -> int:
 
 def find_world_size(config: Config) -> int:
     """world_size=, refused where the model or the machine cannot have it."""
-    family = find_model(config.model.name)
-    model_config = load_model_config(family, find_checkpoint(config))
-    device = find_device(config.hardware)
-    size = asked_world_size(config, legal_world_sizes(family, model_config), device)
-    check_world_size(family, model_config, size)
+    folder, device = find_checkpoint(config), find_device(config.hardware)
+    size = split_world_size(folder)
+    if size is None or config.world_size not in ("auto", size):
+        family = find_model(config.model.name)
+        model_config = load_model_config(family, folder)
+        size = asked_world_size(config, legal_world_sizes(family, model_config), device)
+        check_world_size(family, model_config, size)
     if device != "cpu" and size > count_devices(device):
         raise UserError(f"world_size={size}: {count_devices(device)} {device} devices are visible")
     return size

@@ -7,13 +7,12 @@ A checkpoint is a Hugging Face folder (single file, or shards with an index) or 
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +23,7 @@ from mmdist.config import UserError
 from mmdist.kernels.kernels import Kernels
 from mmdist.manifest import MANIFEST, PART_FILES, load_manifest, part_file
 from mmdist.plan import Placement, Plan
+from mmdist.rank_file import DTYPES, RankFile
 from mmdist.tp import TP
 
 INDEX = "model.safetensors.index.json"
@@ -31,12 +31,6 @@ SINGLE = "model.safetensors"
 QUANT_STEM = (
     "quant_model_weight"  # msmodelslim's quant_model_weight_w8a16.safetensors, quant_model_weights-00001-of-...
 )
-# safetensors' words for dtypes (https://github.com/huggingface/safetensors, format section)
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-
 # Prefixes as a checkpoint has them -> ours. The longest that fits is taken.
 Renames = dict[str, str]
 
@@ -69,6 +63,8 @@ class FinishesLoading(Protocol):
 
 class Checkpoint:
     """A folder of whole tensors. `names`: our name -> the name in its file."""
+
+    reads_in_place: ClassVar[bool] = False  # what read() gives may be kept: it maps no more than itself
 
     def __init__(self, folder: Path, renames: Renames, ignored: Sequence[str] = ()):
         self.folder = folder
@@ -124,6 +120,9 @@ class Checkpoint:
     def dtype(self, name: str) -> torch.dtype:
         return DTYPES[self.dtypes[name]]
 
+    def hash_ahead(self, threads: int) -> None:
+        """Begin to check what will be read, where there are hashes to check it against."""
+
     def read(self, placement: Placement, tp: TP) -> torch.Tensor:
         """This rank's part of the stored tensor, without padding.
 
@@ -147,6 +146,8 @@ class Checkpoint:
 class SplitCheckpoint(Checkpoint):
     """One rank's part of a folder written by `weights_tools split`; every part is checked against its hash."""
 
+    reads_in_place = True
+
     def __init__(self, folder: Path, renames: Renames, tp: TP):
         self.manifest = load_manifest(folder)
         if self.manifest.world_size != tp.size:
@@ -165,11 +166,14 @@ class SplitCheckpoint(Checkpoint):
         for rank in range(tp.size):
             if not (folder / part_file(rank, tp.size)).exists():
                 raise UserError(f"{folder / part_file(rank, tp.size)}: missing; run weights_tools split again")
+        with open_safetensors(self.path):  # it is whole
+            self.file = RankFile(self.path)
+
+    def hash_ahead(self, threads: int) -> None:
+        self.file.hash_ahead(threads)
 
     def check(self, plan: Plan, arch: str) -> None:
         super().check(plan, arch)
-        with open_safetensors(self.path) as file:
-            there = set(file.keys())
         tp = TP(self.rank, self.manifest.world_size)
         for entry in (self.entries[placement.name] for placement in plan.values() if placement.held_by(tp)):
             if [part.rank for part in entry.parts].count(self.rank) != 1:
@@ -177,14 +181,13 @@ class SplitCheckpoint(Checkpoint):
                     f"{self.folder / MANIFEST}: {entry.name} has no part for rank {self.rank}; "
                     "run weights_tools split again"
                 )
-            if entry.name not in there:
+            if entry.name not in self.file.header:
                 raise UserError(f"{self.path}: {entry.name} is missing; run weights_tools split again")
 
     def read(self, placement: Placement, tp: TP) -> torch.Tensor:
         entry = self.entries[placement.name]
         (part,) = (part for part in entry.parts if part.rank == tp.rank)
-        with open_safetensors(self.path) as file:
-            tensor = file.get_tensor(entry.name)
+        tensor = self.file.map(entry.name)
         wanted = placement.part_shape(tp)
         same_rows = [list(rows) for rows in placement.ranges(tp)] == part.ranges
         if tuple(tensor.shape) != wanted or not same_rows or tensor.dtype != self.dtype(placement.name):
@@ -192,17 +195,11 @@ class SplitCheckpoint(Checkpoint):
                 f"{self.path}: {entry.name} is {tensor.dtype} {list(tensor.shape)}, rows {part.ranges}; expected "
                 f"{entry.dtype} {list(wanted)}, rows {placement.ranges(tp)}; run weights_tools split again"
             )
-        if sha256(tensor) != part.sha256:
+        if self.file.sha256(entry.name) != part.sha256:
             raise UserError(
                 f"{self.path}: {entry.name} is damaged (its sha256 is not the manifest's); copy or split again"
             )
         return tensor
-
-
-def sha256(tensor: torch.Tensor) -> str:
-    """Hash of the tensor's bytes in row-major order."""
-    flat = tensor.contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def find_index(folder: Path) -> Path:
@@ -246,18 +243,21 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, plan: Plan, tp: TP, k
     Parameters that live on rank 0 alone stay on meta elsewhere and take no memory. A module finishes (packs, say) as
     soon as its own weights are there, so that no more than one of them is ever held twice.
     """
-    params, modules = dict(model.named_parameters()), dict(model.named_modules())
+    params, modules, owners = dict(model.named_parameters()), dict(model.named_modules()), find_owners(model)
     mine = sorted((p for p in plan.values() if p.held_by(tp)), key=lambda p: (checkpoint.files[p.name], p.name))
     missing = Counter(module_of(placement) for placement in mine)
     bytes_read = 0
     for placement in with_progress(mine, show=tp.rank == 0):
-        target = params[placement.param]
+        target, part = params[placement.param], checkpoint.read(placement, tp)
+        bytes_read += part.nbytes
         if target.is_meta:
-            target = nn.Parameter(torch.zeros_like(target, device=kernels.device), requires_grad=False)
+            target = nn.Parameter(make_room(target, placement, part, checkpoint, kernels.device), requires_grad=False)
             params[placement.param] = target
-            assign(model, placement.param, target)
-        bytes_read += fill(target, placement, checkpoint.read(placement, tp))
-        del target
+            for module, leaf in owners[placement.param]:
+                setattr(module, leaf, target)
+        if target.data_ptr() != part.data_ptr():
+            fill(target, placement, part)
+        del target, part
         missing[module_of(placement)] -= 1
         if not missing[module_of(placement)]:
             params = {name: param for name, param in params.items() if name.rpartition(".")[0] != module_of(placement)}
@@ -265,6 +265,26 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, plan: Plan, tp: TP, k
     for module in modules.values():
         finish(module, kernels)
     return bytes_read
+
+
+def find_owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Parameter -> the modules that have it, and under what name; more than one where weights are tied."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for leaf, param in module.named_parameters(recurse=False):
+            owners.setdefault(id(param), []).append((module, leaf))
+    return {name: owners[id(param)] for name, param in model.named_parameters()}
+
+
+def make_room(
+    param: torch.Tensor, placement: Placement, part: torch.Tensor, checkpoint: Checkpoint, device: torch.device
+) -> torch.Tensor:
+    """Memory for a parameter: the part itself where it is all of it, as on a CPU that reads a split folder."""
+    same = (part.shape, part.dtype, part.device) == (param.shape, param.dtype, device)
+    if same and checkpoint.reads_in_place:
+        return part
+    padded = any(piece.padded for piece in placement.pieces)
+    return (torch.zeros_like if padded else torch.empty_like)(param, device=device)
 
 
 def module_of(placement: Placement) -> str:
@@ -276,22 +296,11 @@ def finish(module: nn.Module, kernels: Kernels) -> None:
         module.after_load(kernels)
 
 
-def fill(param: torch.Tensor, placement: Placement, part: torch.Tensor) -> int:
-    """Copy a part to its place in a parameter (padding behind it stays zero); returns the part's stored bytes."""
+def fill(param: torch.Tensor, placement: Placement, part: torch.Tensor) -> None:
+    """Copy a part to its place in a parameter; padding behind it stays zero."""
     if placement.dim is not None:
         param = param.narrow(placement.dim, placement.offset, part.shape[placement.dim])
     param.copy_(part)
-    return part.nbytes
-
-
-def assign(model: nn.Module, name: str, param: nn.Parameter) -> None:
-    """Replace a parameter everywhere it is used, tied weights included."""
-    module_name, _, leaf = name.rpartition(".")
-    old = getattr(model.get_submodule(module_name), leaf)
-    for module in model.modules():
-        for own_name, own in module.named_parameters(recurse=False):
-            if own is old:
-                setattr(module, own_name, param)
 
 
 def with_progress(placements: list[Placement], show: bool) -> Iterator[Placement]:

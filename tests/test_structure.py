@@ -21,6 +21,7 @@ FLOORS = (
     ("mmdist.plan", "mmdist.manifest"),
     ("mmdist.quant",),
     ("mmdist.kernels", "mmdist.quant_files"),
+    ("mmdist.rank_file",),
     ("mmdist.weights",),
     ("mmdist.layers",),
     ("mmdist.models",),

@@ -19,8 +19,9 @@ from huggingface_hub.errors import StrictDataclassError
 from mmdist.config import UserError
 from mmdist.models.family import build_model, find_model
 from mmdist.plan import Plan, shard_plan
+from mmdist.rank_file import DTYPES
 from mmdist.tp import TP
-from mmdist.weights import DTYPES, INDEX, SINGLE
+from mmdist.weights import INDEX, SINGLE
 from weights_tools.display import byte_bar, size_words
 from weights_tools.folder import CONVERSION, absolute, check_space, check_target, claim, publish, sync_all
 from weights_tools.layouts import find_layout, list_layouts

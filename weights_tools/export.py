@@ -21,7 +21,8 @@ from mmdist.manifest import MANIFEST
 from mmdist.models.base import MultimodalModel
 from mmdist.models.family import find_model, load_model_config
 from mmdist.quant_files import find_format
-from mmdist.weights import DTYPES, INDEX, sha256
+from mmdist.rank_file import DTYPES, sha256
+from mmdist.weights import INDEX
 from weights_tools.convert import group_files, index_text
 from weights_tools.display import byte_bar, size_words
 from weights_tools.folder import (

@@ -23,8 +23,9 @@ from mmdist.models.quantized import check_plain, linears
 from mmdist.plan import shard_plan
 from mmdist.quant import FORMATS, Scheme
 from mmdist.quant_files import find_format
+from mmdist.rank_file import sha256
 from mmdist.tp import TP
-from mmdist.weights import Checkpoint, sha256
+from mmdist.weights import Checkpoint
 from weights_tools.calibrate import Calibration, calibrate
 from weights_tools.convert import WORDS, group_files, index_text, num_bytes
 from weights_tools.display import size_words

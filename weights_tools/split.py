@@ -12,8 +12,9 @@ from typing import Any
 
 from mmdist.manifest import FORMAT_VERSION, Manifest, Part, TensorEntry, part_file, save_manifest, tensor_entry
 from mmdist.plan import Plan, cut
+from mmdist.rank_file import sha256
 from mmdist.tp import TP
-from mmdist.weights import Checkpoint, sha256
+from mmdist.weights import Checkpoint
 from weights_tools.display import size_words
 from weights_tools.folder import absolute, copy_other_files
 from weights_tools.job import Files, FolderJob, add_job_arguments, whole_number

@@ -11,8 +11,9 @@ from mmdist.config import UserError
 from mmdist.manifest import MANIFEST, Manifest, Part, TensorEntry, load_manifest, part_file
 from mmdist.models.family import find_model
 from mmdist.plan import Plan, cut
+from mmdist.rank_file import DTYPES, sha256
 from mmdist.tp import TP
-from mmdist.weights import DTYPES, Checkpoint, open_safetensors, rename, sha256
+from mmdist.weights import Checkpoint, open_safetensors, rename
 from weights_tools.display import byte_bar
 from weights_tools.folder import other_files
 from weights_tools.source import load_plan, open_source

@@ -16,7 +16,8 @@ from typing import Any
 from mmdist.config import DTYPES, UserError
 from mmdist.manifest import MANIFEST
 from mmdist.quant_files import find_format, read_json
-from mmdist.weights import find_files, find_index, open_safetensors, sha256
+from mmdist.rank_file import sha256
+from mmdist.weights import find_files, find_index, open_safetensors
 from weights_tools.deep import PICTURE, PROMPT, Question, compare_answers, show_answers
 from weights_tools.display import byte_bar
 from weights_tools.folder import EXPORT, QUANTIZATION, absolute

@@ -10,7 +10,8 @@ from mmdist.config import UserError
 from mmdist.manifest import MANIFEST, Part, TensorEntry, load_manifest, part_file
 from mmdist.models.family import find_model
 from mmdist.quant import WeightFormat
-from mmdist.weights import DTYPES, Checkpoint, Renames, open_safetensors, rename, sha256
+from mmdist.rank_file import DTYPES, sha256
+from mmdist.weights import Checkpoint, Renames, open_safetensors, rename
 from weights_tools.convert import WORDS
 from weights_tools.source import find_family, open_source
 from weights_tools.split_checks import tiling_gaps

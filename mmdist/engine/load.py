@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mmdist.backend import GIB, Backend, count_devices, memory_per_rank
+from mmdist.backend import GIB, Backend, count_cores, count_devices, memory_per_rank
 from mmdist.config import REPOSITORY, Config, EngineConfig, UserError
 from mmdist.engine.cache import cache_shape
 from mmdist.engine.encoder import EncoderEngine
@@ -20,7 +20,7 @@ from mmdist.engine.memory import RankMemory, rank_memory
 from mmdist.kernels.native import find_kernels
 from mmdist.manifest import MANIFEST, load_manifest
 from mmdist.models.base import EncoderModel, Model, MultimodalModel
-from mmdist.models.family import build_model, check_world_size, find_model, load_model_config
+from mmdist.models.family import build_model, check_folder, check_world_size, find_model, load_model_config
 from mmdist.models.quantized import cast, check_plain, hold_as_stored, quantise_on_loading
 from mmdist.plan import Plan, shard_plan
 from mmdist.quant import FOLLOWS, Ascend, Scheme, WeightFormat
@@ -52,10 +52,15 @@ def asked_world_size(config: Config, legal: list[int], device: str) -> int:
     """world_size=; auto: a split folder's, else as many ranks as devices, rounded down to a legal size."""
     if isinstance(config.world_size, int):
         return config.world_size
-    folder = find_checkpoint(config)
-    if (folder / MANIFEST).exists():
-        return load_manifest(folder).world_size
+    split_for = split_world_size(find_checkpoint(config))
+    if split_for is not None:
+        return split_for
     return max(size for size in legal if size <= max(1, count_devices(device)))
+
+
+def split_world_size(folder: Path) -> int | None:
+    """The world size a split folder was cut for, which is a legal one."""
+    return load_manifest(folder).world_size if (folder / MANIFEST).exists() else None
 
 
 def find_dtype(config: Config, checkpoint: Checkpoint, plan: Plan, device: str) -> torch.dtype:
@@ -70,15 +75,21 @@ def find_dtype(config: Config, checkpoint: Checkpoint, plan: Plan, device: str) 
     return stored
 
 
-def open_model(config: Config, tp: TP, device: str) -> tuple[Model, Plan, Checkpoint, Any]:
-    """The model on meta, its plan and its checkpoint, each checked against the others; nothing is loaded."""
+def open_model(config: Config, tp: TP, device: str, *, hash_ahead: bool = False) -> tuple[Model, Plan, Checkpoint, Any]:
+    """The model on meta, its plan and its checkpoint, each checked against the others; nothing is loaded.
+
+    hash_ahead: begin to check the parts of a split folder, which is going to be loaded.
+    """
     family = find_model(config.model.name)
     folder = find_checkpoint(config)
-    model_config = load_model_config(family, folder)
+    check_folder(family, folder)
     held, scheme = find_quant(config)
+    checkpoint = open_checkpoint(folder, family.renames, [*family.ignored, *FOLLOWS], tp)
+    if hash_ahead:  # beside the imports that follow
+        checkpoint.hash_ahead(max(1, count_cores() // tp.size))
+    model_config = load_model_config(family, folder)
     check_world_size(family, model_config, tp.size, held or (Ascend(scheme) if scheme else None))
     model = build_model(family, model_config, tp)
-    checkpoint = open_checkpoint(folder, family.renames, [*family.ignored, *FOLLOWS], tp)
     if held is not None:
         check_description(folder, checkpoint.stored_dtypes())
         hold_as_stored(model, checkpoint, held, tp)
@@ -105,7 +116,7 @@ def find_quant(config: Config) -> tuple[WeightFormat | None, Scheme | None]:
 
 
 def load_engine(config: Config, tp: TP, backend: Backend) -> AnyEngine:
-    model, plan, checkpoint, model_config = open_model(config, tp, backend.device.type)
+    model, plan, checkpoint, model_config = open_model(config, tp, backend.device.type, hash_ahead=True)
     settings = fit_memory(config, model, plan, tp, backend)
     kernels = find_kernels(config.hardware.kernels, backend.device, model.dtype)
     start = time.perf_counter()

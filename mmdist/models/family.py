@@ -27,8 +27,8 @@ def find_model(name: str) -> type[Model]:
     return import_module(f"mmdist.models.{name}").MODEL
 
 
-def load_model_config(family: type[Model], folder: Path) -> Any:
-    """config.json with its class defaults, refused when it is of another model type."""
+def check_folder(family: type[Model], folder: Path) -> None:
+    """Refuse what is no checkpoint, or one of another model type; looks at config.json alone."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise UserError(f"checkpoint={folder}: no such folder; give a folder with config.json and *.safetensors")
@@ -44,6 +44,11 @@ def load_model_config(family: type[Model], folder: Path) -> Any:
             f"{path}: model_type is {model_type}, model={name} wants "
             f"{family.config_class.model_type}; choose another model= ({', '.join(list_models())}) or checkpoint="
         )
+
+
+def load_model_config(family: type[Model], folder: Path) -> Any:
+    """config.json with its class defaults."""
+    check_folder(family, folder)
     return family.config_class.from_pretrained(folder)
 
 
