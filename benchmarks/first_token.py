@@ -80,13 +80,14 @@ def bytes_read(folder: Path, size: int) -> list[int]:
     """What each rank reads from the disk, polled until the job ends."""
     drop_from_cache(folder)
     found: dict[int, int] = {}
-    with tempfile.TemporaryDirectory() as folder_of_job:
-        with subprocess.Popen(launch(folder, f"{folder_of_job}/job"), stdout=-3, stderr=-3) as job:
-            while job.poll() is None:
-                children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-                for pid in [job.pid] if size == 1 else map(int, children):
-                    found[pid] = max(found.get(pid, 0), read_counter(pid))
-                time.sleep(0.02)
+    output_dir = tempfile.TemporaryDirectory()
+    command = launch(folder, f"{output_dir.name}/job")
+    with output_dir, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
+        while job.poll() is None:
+            children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+            for pid in [job.pid] if size == 1 else map(int, children):
+                found[pid] = max(found.get(pid, 0), read_counter(pid))
+            time.sleep(0.02)
     assert job.returncode == 0, "launch.py failed"
     return [found[pid] for pid in sorted(found)]
 

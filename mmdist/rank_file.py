@@ -10,6 +10,7 @@ import json
 import mmap
 from collections import deque
 from concurrent.futures import Future
+from itertools import pairwise
 from pathlib import Path
 from threading import Thread
 
@@ -37,15 +38,29 @@ class RankFile:
     def map(self, name: str) -> torch.Tensor:
         """The tensor in the file's own pages; writing to it changes a copy in memory."""
         entry = self.header[name]
-        first, last = (self.data_start + offset for offset in entry["data_offsets"])
-        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        first, last = entry["data_offsets"]
+        return self._map(first, last, DTYPES[entry["dtype"]], entry["shape"])
+
+    def map_rows(self, names: list[str]) -> torch.Tensor | None:
+        """These tensors as one, rows behind rows; None where they do not lie one behind the other."""
+        entries = [self.header[name] for name in names]
+        if any(a["data_offsets"][1] != b["data_offsets"][0] or a["dtype"] != b["dtype"] for a, b in pairwise(entries)):
+            return None
+        first, last = entries[0]["data_offsets"][0], entries[-1]["data_offsets"][1]
+        shape = [sum(entry["shape"][0] for entry in entries), *entries[0]["shape"][1:]]
+        return self._map(first, last, DTYPES[entries[0]["dtype"]], shape)
+
+    def _map(self, first: int, last: int, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
+        """Bytes [first, last) of the data."""
         if first == last:
             return torch.empty(shape, dtype=dtype)
-        page = first // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        start = self.data_start + first
+        page = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         with open(self.path, "rb") as file:
-            pages = mmap.mmap(file.fileno(), last - page, access=mmap.ACCESS_COPY, offset=page)
+            length = self.data_start + last - page
+            pages = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=page)
         count = (last - first) // dtype.itemsize
-        return torch.frombuffer(pages, dtype=dtype, count=count, offset=first - page).view(shape)
+        return torch.frombuffer(pages, dtype=dtype, count=count, offset=start - page).view(shape)
 
     def hash_ahead(self, threads: int) -> None:
         """Begin to hash the tensors, in the order of the file."""

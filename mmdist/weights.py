@@ -11,8 +11,9 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -61,10 +62,15 @@ class FinishesLoading(Protocol):
     def after_load(self, kernels: Kernels) -> None: ...
 
 
+@runtime_checkable
+class FinishesLater(Protocol):
+    """A module that can be used before it is finished, from where its weights lie in a file."""
+
+    def after_use(self, kernels: Kernels) -> None: ...
+
+
 class Checkpoint:
     """A folder of whole tensors. `names`: our name -> the name in its file."""
-
-    reads_in_place: ClassVar[bool] = False  # what read() gives may be kept: it maps no more than itself
 
     def __init__(self, folder: Path, renames: Renames, ignored: Sequence[str] = ()):
         self.folder = folder
@@ -137,6 +143,10 @@ class Checkpoint:
             parts = [stored[(*before, slice(first, last))] for first, last in placement.ranges(tp)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, placement.dim)
 
+    def joined(self, placements: Sequence[Placement], parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """What was read, as one tensor in the file that may be kept; None where there is no such."""
+        return None
+
     def read_whole(self, name: str) -> torch.Tensor:
         """The stored tensor as it is; a view of the mapped file, see read()."""
         with open_safetensors(self.files[name]) as file:
@@ -145,8 +155,6 @@ class Checkpoint:
 
 class SplitCheckpoint(Checkpoint):
     """One rank's part of a folder written by `weights_tools split`; every part is checked against its hash."""
-
-    reads_in_place = True
 
     def __init__(self, folder: Path, renames: Renames, tp: TP):
         self.manifest = load_manifest(folder)
@@ -201,6 +209,15 @@ class SplitCheckpoint(Checkpoint):
             )
         return tensor
 
+    def joined(self, placements: Sequence[Placement], parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """Rows of one parameter that lie one behind the other, as split writes them."""
+        if len(parts) == 1:
+            return parts[0]
+        starts = accumulate((len(part) for part in parts), initial=0)
+        if any((p.dim, p.offset) != (0, start) for p, start in zip(placements, starts, strict=False)):
+            return None
+        return self.file.map_rows([self.names[placement.name] for placement in placements])
+
 
 def find_index(folder: Path) -> Path:
     """model.safetensors.index.json, which may not be there, or where the weights are msmodelslim's, their index."""
@@ -243,28 +260,43 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, plan: Plan, tp: TP, k
     Parameters that live on rank 0 alone stay on meta elsewhere and take no memory. A module finishes (packs, say) as
     soon as its own weights are there, so that no more than one of them is ever held twice.
     """
-    params, modules, owners = dict(model.named_parameters()), dict(model.named_modules()), find_owners(model)
-    mine = sorted((p for p in plan.values() if p.held_by(tp)), key=lambda p: (checkpoint.files[p.name], p.name))
-    missing = Counter(module_of(placement) for placement in mine)
+    shapes, modules, owners = dict(model.named_parameters()), dict(model.named_modules()), find_owners(model)
+    groups: dict[str, list[Placement]] = {}
+    for placement in sorted(
+        (p for p in plan.values() if p.held_by(tp)), key=lambda p: (checkpoint.files[p.name], p.name)
+    ):
+        groups.setdefault(placement.param, []).append(placement)
+    missing = Counter(map(module_of, groups))
     bytes_read = 0
-    for placement in with_progress(mine, show=tp.rank == 0):
-        target, part = params[placement.param], checkpoint.read(placement, tp)
-        bytes_read += part.nbytes
-        if target.is_meta:
-            target = nn.Parameter(make_room(target, placement, part, checkpoint, kernels.device), requires_grad=False)
-            params[placement.param] = target
-            for module, leaf in owners[placement.param]:
-                setattr(module, leaf, target)
-        if target.data_ptr() != part.data_ptr():
-            fill(target, placement, part)
-        del target, part
-        missing[module_of(placement)] -= 1
-        if not missing[module_of(placement)]:
-            params = {name: param for name, param in params.items() if name.rpartition(".")[0] != module_of(placement)}
-            finish(modules.pop(module_of(placement)), kernels)
+    for name, placements in with_progress(groups, show=tp.rank == 0):
+        param, num_bytes, in_place = load_param(shapes.pop(name), placements, checkpoint, tp, kernels.device)
+        bytes_read += num_bytes
+        for module, leaf in owners[name]:
+            setattr(module, leaf, nn.Parameter(param, requires_grad=False))
+        del param
+        missing[module_of(name)] -= 1
+        if not missing[module_of(name)]:
+            finish(modules.pop(module_of(name)), kernels, in_place)
     for module in modules.values():
-        finish(module, kernels)
+        finish(module, kernels, in_place=False)
     return bytes_read
+
+
+def load_param(
+    meta: torch.Tensor, placements: list[Placement], checkpoint: Checkpoint, tp: TP, device: torch.device
+) -> tuple[torch.Tensor, int, bool]:
+    """(this rank's parameter, the stored bytes of its parts, whether it lies in the checkpoint's file)"""
+    placements = sorted(placements, key=lambda placement: placement.offset)
+    parts = [checkpoint.read(placement, tp) for placement in placements]
+    num_bytes = sum(part.nbytes for part in parts)
+    whole = checkpoint.joined(placements, parts)
+    if whole is not None and (whole.shape, whole.dtype, whole.device) == (meta.shape, meta.dtype, device):
+        return whole, num_bytes, True
+    padded = any(piece.padded for placement in placements for piece in placement.pieces)
+    param = (torch.zeros_like if padded else torch.empty_like)(meta, device=device)
+    for placement, part in zip(placements, parts, strict=True):
+        fill(param, placement, part)
+    return param, num_bytes, False
 
 
 def find_owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
@@ -276,23 +308,14 @@ def find_owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     return {name: owners[id(param)] for name, param in model.named_parameters()}
 
 
-def make_room(
-    param: torch.Tensor, placement: Placement, part: torch.Tensor, checkpoint: Checkpoint, device: torch.device
-) -> torch.Tensor:
-    """Memory for a parameter: the part itself where it is all of it, as on a CPU that reads a split folder."""
-    same = (part.shape, part.dtype, part.device) == (param.shape, param.dtype, device)
-    if same and checkpoint.reads_in_place:
-        return part
-    padded = any(piece.padded for piece in placement.pieces)
-    return (torch.zeros_like if padded else torch.empty_like)(param, device=device)
+def module_of(param: str) -> str:
+    return param.rpartition(".")[0]
 
 
-def module_of(placement: Placement) -> str:
-    return placement.param.rpartition(".")[0]
-
-
-def finish(module: nn.Module, kernels: Kernels) -> None:
-    if isinstance(module, FinishesLoading):
+def finish(module: nn.Module, kernels: Kernels, in_place: bool) -> None:
+    if in_place and isinstance(module, FinishesLater):
+        module.after_use(kernels)
+    elif isinstance(module, FinishesLoading):
         module.after_load(kernels)
 
 
@@ -303,5 +326,6 @@ def fill(param: torch.Tensor, placement: Placement, part: torch.Tensor) -> None:
     param.copy_(part)
 
 
-def with_progress(placements: list[Placement], show: bool) -> Iterator[Placement]:
-    return iter(tqdm(placements, desc="loading weights", unit="tensor", disable=not (show and sys.stderr.isatty())))
+def with_progress(groups: dict[str, list[Placement]], show: bool) -> Iterator[tuple[str, list[Placement]]]:
+    hidden = not (show and sys.stderr.isatty())
+    return iter(tqdm(groups.items(), desc="loading weights", unit="tensor", disable=hidden))

@@ -6,14 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import config_for
 from safetensors.torch import load_file, save_file
 from split_cases import CASES, Q_PROJ, flip_byte, load, one_line, source, spoil
 
 from mmdist.config import Config, ModelConfig, UserError
-from mmdist.engine.load import asked_world_size
+from mmdist.engine.load import asked_world_size, open_model
+from mmdist.kernels.kernels import Kernels
+from mmdist.kernels.packed import can_pack
+from mmdist.layers.linear import ColumnParallelLinear
 from mmdist.manifest import MANIFEST, load_manifest, part_file, save_manifest
 from mmdist.plan import Piece, Placement
+from mmdist.rank_file import RankFile
 from mmdist.tp import TP
+from mmdist.weights import load_weights
 from weights_tools.cli import main
 from weights_tools.part_file import PartFile
 from weights_tools.split_checks import tiling_gaps
@@ -166,3 +172,34 @@ def test_tiling_counts_copies_once_and_sees_overlaps(splits: dict):
         part.ranges = [[max(0, first - 1), last] for first, last in part.ranges]
         part.shape[0] = part.ranges[0][1] - part.ranges[0][0]
     assert list(tiling_gaps(entry, 8)) == ["rows 11 to 12 of dim 0 are in parts that overlap"]
+
+
+def test_whole_parameters_lie_in_the_file(splits: dict) -> None:
+    """What makes one parameter lies together: in the file's own dtype nothing is copied, fused rows neither."""
+    model, plan, checkpoint, _ = open_model(config_for(splits["mistral", 2], dtype="float16"), TP(1, 2), "cpu")
+    load_weights(model, checkpoint, plan, TP(1, 2), Kernels(torch.device("cpu")))
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if "rank-00001" in line]
+    files = [line.split()[0].split("-") for line in lines]
+    mapped = [range(int(first, 16), int(last, 16)) for first, last in files]
+    layer = model.decoder.layers[0]
+    for weight in (layer.self_attn.qkv_proj.weight, layer.mlp.gate_up_proj.weight, layer.mlp.down_proj.weight):
+        assert any(weight.data_ptr() in pages for pages in mapped)
+
+
+def test_rows_that_lie_apart_are_copied(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2, 4), "b": torch.ones(3, 4), "c": torch.full((1, 4), 2.0)}, tmp_path / "x.safetensors")
+    file = RankFile(tmp_path / "x.safetensors")
+    joined = file.map_rows(["a", "b"])
+    assert joined is not None and torch.equal(joined, torch.cat((file.map("a"), file.map("b"))))
+    assert file.map_rows(["a", "c"]) is None and file.map_rows(["b", "a"]) is None
+
+
+def test_a_weight_in_a_file_is_made_ready_at_its_second_use() -> None:
+    layer = ColumnParallelLinear(64, [Piece(32)], TP())
+    layer.weight = torch.nn.Parameter(torch.randn(32, 64, dtype=torch.bfloat16), requires_grad=False)
+    layer.after_use(Kernels(torch.device("cpu")))
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    first, ready = layer(x), layer.linear
+    second = layer(x)
+    assert ready is None and (layer.linear is not None) == can_pack(torch.empty(1, dtype=torch.bfloat16))
+    torch.testing.assert_close(first, second, rtol=2e-2, atol=2e-2)

@@ -64,9 +64,9 @@ class SplitJob(FolderJob):
         self.sizes = {name: count_bytes(dtypes[p.name], p.shape) for name, p in self.placements.items()}
 
     def _layout(self, tp: TP) -> Layout:
-        """What is in one rank's file."""
-        mine = {name: placement for name, placement in self.placements.items() if placement.held_by(tp)}
-        return [(name, self.checkpoint.dtypes[p.name], p.part_shape(tp)) for name, p in mine.items()]
+        """What is in one rank's file, in the plan's order: what makes one parameter lies together and is not copied."""
+        mine = (placement for placement in self.plan.values() if placement.held_by(tp))
+        return [(self.checkpoint.names[p.name], self.checkpoint.dtypes[p.name], p.part_shape(tp)) for p in mine]
 
     def settings(self) -> dict[str, Any]:
         placements = self.placements.items()
