@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +22,8 @@ from mmdist.plan import shard_plan
 from mmdist.tp import TP
 from mmdist.weights import load_weights, open_checkpoint
 from weights_tools.cli import main
+from weights_tools.job import FolderJob
+from weights_tools.journal import JOURNAL
 from weights_tools.part_file import PartFile
 
 CASES = [
@@ -89,6 +96,44 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, num_writes: int, error: BaseExce
         write(self, name, tensor)
 
     monkeypatch.setattr(PartFile, "write", stopping)
+
+
+def written_names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the jobs that follow write, as they write it."""
+    names: list[str] = []
+    write = FolderJob._write_tensor
+
+    def noting(self: FolderJob, name: str, files: Any) -> dict[str, Any]:
+        names.append(name)
+        return write(self, name, files)
+
+    monkeypatch.setattr(FolderJob, "_write_tensor", noting)
+    return names
+
+
+KILLED = """
+import os, signal, sys
+from weights_tools import job
+from weights_tools.cli import main
+from weights_tools.journal import Journal
+job.COMMIT_BYTES = 1
+commit, before = Journal.commit, []
+def killed(self, lines):
+    before.append(lines)
+    if len(before) > 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+    commit(self, lines)
+Journal.commit = killed
+main(sys.argv[1:])
+"""
+
+
+def kill_in_the_middle(argv: list[str], dst: Path) -> None:
+    """Run a verb and kill -9 it when some 20 tensors are on the disk."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", KILLED, *argv], env=env)
+    assert done.returncode == -signal.SIGKILL and not dst.exists()
+    assert len((dst.with_name(f"{dst.name}.partial") / JOURNAL).read_text().splitlines()) > 15
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -17,13 +14,14 @@ from conftest import GOLDEN
 from convert_cases import FILE, edit, refused, run
 from safetensors import safe_open
 from safetensors.torch import load_file
-from split_cases import contents, one_line
+from split_cases import contents, flip_byte, kill_in_the_middle, one_line, stop_after, written_names
 
-from mmdist.config import REPOSITORY, UserError
+from mmdist.config import UserError
 from mmdist.models.family import find_model, load_model_config
 from weights_tools import convert
 from weights_tools.cli import main
 from weights_tools.folder import CONVERSION
+from weights_tools.journal import JOURNAL
 from weights_tools.layouts import find_layout, list_layouts
 from weights_tools.part_file import PartFile
 
@@ -132,46 +130,74 @@ def test_other_folders_and_other_runs_are_left_alone(original: Path, tmp_path: P
     partial.mkdir()
     (partial / "letters.txt").write_text("dear")
     assert run(original, tmp_path / "dst", "--force") == 2
-    assert f"{partial}: in the way and not left by convert" in one_line(capsys)
-    with open(partial / CONVERSION, "w") as mark:
-        fcntl.flock(mark, fcntl.LOCK_EX)
+    assert f"{partial}: in the way and not left by a convert" in one_line(capsys)
+    with open(partial / JOURNAL, "w") as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX)
         assert run(original, tmp_path / "dst") == 2
     assert f"{partial}: another convert is writing it" in one_line(capsys)
     assert (partial / "letters.txt").read_text() == "dear"
 
 
-def test_interrupted(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    count = iter(range(30))
+def command_of(case: str, tmp_path: Path) -> list[str]:
+    model, *settings = GOLDEN_FILES[case]
+    return ["convert", model, "--src", str(GOLDEN / case / "checkpoint"), "--dst", str(tmp_path / "dst"), *settings]
 
-    def stopping(self: PartFile, name: str, tensor: torch.Tensor) -> None:
-        if next(count, None) is None:
-            raise KeyboardInterrupt
 
-    monkeypatch.setattr(PartFile, "write", stopping)
-    assert run(original, tmp_path / "dst") == 130
+@pytest.mark.parametrize("case", ["vlmo_vqa", "minigpt4", "llama_adapter"])
+def test_goes_on_where_it_stopped(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    argv = command_of(case, tmp_path)
+    with monkeypatch.context() as patched:
+        stop_after(patched, 30, KeyboardInterrupt())
+        assert main(argv) == 130
     assert "interrupted; run it again" in one_line(capsys)
-    assert [path.name for path in tmp_path.iterdir()] == ["original"]
-
-
-def test_killed(original: Path, tmp_path: Path):
-    """kill -9 while the last files are written: what is left is no model, and the next run clears it away."""
-    program = """
-        import os, shutil, signal, sys
-        from weights_tools.cli import main
-        shutil.copyfile = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        main(sys.argv[1:])
-    """
-    argv = ["convert", "vlmo", "--src", str(original), "--dst", str(tmp_path / "dst")]
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), *argv],
-        env={"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == -signal.SIGKILL
     left = tmp_path / "dst.partial"
-    assert (left / "model.safetensors").exists() and not (tmp_path / "dst").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["dst.partial"]
+    with pytest.raises(UserError, match=r"no config.json in it"):
+        load_model_config(find_model(argv[1]), left)
+    done = len((left / JOURNAL).read_text().splitlines()) - 1
+    written = written_names(monkeypatch)
+    assert main(argv) == 0
+    made = json.loads((tmp_path / "dst" / CONVERSION).read_text())["sha256"]
+    assert done >= 20 and len(written) == len(made) - done
+    (tmp_path / "dst").rename(tmp_path / "stopped")
+    assert main([*argv, "--jobs", "3"]) == 0
+    assert contents(tmp_path / "dst") == contents(tmp_path / "stopped")
+
+
+def test_killed_in_the_middle(original: Path, tmp_path: Path):
+    """What is left is no model, and the same command goes on."""
+    argv, left = ["convert", "vlmo", "--src", str(original), "--dst", str(tmp_path / "dst")], tmp_path / "dst.partial"
+    kill_in_the_middle(argv, tmp_path / "dst")
     with pytest.raises(UserError, match=r"no config.json in it"):
         load_model_config(find_model("vlmo"), left)
     assert main(argv) == 0 and not left.exists()
+    assert main(["verify", str(tmp_path / "dst")]) == 0
+
+
+def test_source_changed_while_it_is_read(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    write = PartFile.write
+
+    def touching(self: PartFile, name: str, tensor: torch.Tensor) -> None:
+        os.utime(original / FILE, ns=(1, 1))
+        write(self, name, tensor)
+
+    monkeypatch.setattr(PartFile, "write", touching)
+    assert run(original, tmp_path / "dst") == 2
+    assert f"{original / FILE}: changed while it was read" in one_line(capsys)
+    assert not (tmp_path / "dst").exists()
+
+
+def test_verify_finds_a_flipped_byte(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert run(original, tmp_path / "dst") == 0
+    flip_byte(tmp_path / "dst" / "model.safetensors", "blocks.0.attn.qkv.weight")
+    assert main(["verify", str(tmp_path / "dst")]) == 1
+    assert (
+        "blocks.0.attn.qkv.weight is damaged: its sha256 is not the one in conversion.json" in capsys.readouterr().out
+    )
 
 
 def test_too_little_space(

@@ -13,12 +13,23 @@ import transformers
 from conftest import GOLDEN, Case
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from split_cases import CASES, Q_PROJ, contents, flip_byte, one_line, source, stop_after
+from split_cases import (
+    CASES,
+    Q_PROJ,
+    contents,
+    flip_byte,
+    kill_in_the_middle,
+    one_line,
+    source,
+    stop_after,
+    written_names,
+)  # fmt: skip
 
 from mmdist.manifest import MANIFEST, load_manifest, part_file, save_manifest
 from mmdist.quant import Compressed, Scheme, quantize
 from weights_tools.cli import main
 from weights_tools.folder import EXPORT
+from weights_tools.journal import JOURNAL
 
 SETTINGS = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "symmetric": True, "strategy": "channel"}}}
 
@@ -206,13 +217,36 @@ def test_verify_knows_the_hashes(splits: dict, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_stopped_in_the_middle(
-    splits: dict, tmp_path: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize("part", [[], ["--part", "decoder"]], ids=["all", "decoder"])
+def test_goes_on_where_it_stopped(
+    splits: dict,
+    tmp_path: Path,
+    error: BaseException,
+    part: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ):
-    stop_after(monkeypatch, 40, error)
-    assert export(splits["mistral", 2], tmp_path / "dst") == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    with monkeypatch.context() as patched:
+        stop_after(patched, 20, error)
+        code = 130 if isinstance(error, KeyboardInterrupt) else 2
+        assert export(splits["mistral", 2], tmp_path / "dst", *part) == code
     one_line(capsys)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["dst.partial"]
+    done = len((tmp_path / "dst.partial" / JOURNAL).read_text().splitlines()) - 1
+    written = written_names(monkeypatch)
+    assert export(splits["mistral", 2], tmp_path / "dst", *part) == 0
+    assert done >= 15 and len(written) == len(tensors(tmp_path / "dst")) - done
+    (tmp_path / "dst").rename(tmp_path / "stopped")
+    assert export(splits["mistral", 2], tmp_path / "dst", *part, "--jobs", "3") == 0
+    assert contents(tmp_path / "dst") == contents(tmp_path / "stopped")
+    assert main(["verify", str(tmp_path / "stopped")]) == 0 or part  # a decoder alone is of no family here
+
+
+def test_killed_in_the_middle(splits: dict, tmp_path: Path):
+    argv = ["export", str(splits["mistral", 4]), "--dst", str(tmp_path / "dst")]
+    kill_in_the_middle(argv, tmp_path / "dst")
+    assert main(argv) == 0
+    assert same_tensors(tmp_path / "dst", source()) and [path.name for path in tmp_path.iterdir()] == ["dst"]
 
 
 def damage(folder: Path, what: str) -> str:
@@ -249,7 +283,7 @@ def test_damaged_parts_are_refused(tp2: Path, tmp_path: Path, what: str, capsys:
     words = damage(tp2, what)
     assert export(tp2, tmp_path / "dst") == 2
     assert words in one_line(capsys)
-    assert [path.name for path in tmp_path.iterdir()] == ["tp2"]
+    assert not (tmp_path / "dst").exists()
 
 
 NO_EXPORT = {

@@ -155,6 +155,15 @@ def test_offsets_that_are_not_zero(w8a16: Path, tmp_path: Path, capsys: pytest.C
     assert main(["quantize", str(folder), "--scheme", "w8a16", "--dst", str(tmp_path / "again")]) == 2
     words = "quantised already, as w8a16, with offsets that are not zero: msmodelslim's formula subtracts them"
     assert words in one_line(capsys)
+    (folder / "quantization.json").unlink()  # with the hashes of what was there before
+    assert main(["split", str(folder), "--ranks", "2", "--dst", str(tmp_path / "tp2")]) == 0
+    for asymmetric in (folder, tmp_path / "tp2"):
+        capsys.readouterr()
+        assert main(["verify", str(asymmetric)]) == 0
+        said = capsys.readouterr().out
+        assert f"warning: {asymmetric}: 21 offsets are not zero" in said and "the NPU's operator adds them" in said
+    assert main(["verify", str(w8a16)]) == 0
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_files_as_msmodelslims_writers_name_them(tmp_path: Path) -> None:

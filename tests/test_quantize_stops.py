@@ -6,38 +6,32 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import config_for
-from quant_cases import W4, description, quantize
-from split_cases import Q_PROJ, contents, flip_byte, one_line, source, spoil
+from quant_cases import W4, description
+from split_cases import (
+    Q_PROJ,
+    contents,
+    flip_byte,
+    kill_in_the_middle,
+    one_line,
+    source,
+    spoil,
+    stop_after,
+    written_names,
+)  # fmt: skip
 
 from mmdist.config import UserError
 from mmdist.engine.load import open_model
 from mmdist.tp import TP
 from weights_tools.cli import main
-from weights_tools.job import FolderJob
 from weights_tools.journal import JOURNAL
 from weights_tools.part_file import PartFile
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, num_writes: int, error: BaseException) -> None:
-    write, count = PartFile.write, iter(range(num_writes))
-
-    def stopping(self: PartFile, name: str, tensor: torch.Tensor) -> None:
-        if next(count, None) is None:
-            raise error
-        write(self, name, tensor)
-
-    monkeypatch.setattr(PartFile, "write", stopping)
 
 
 @pytest.mark.parametrize("num_writes", [0, 50, 130])
@@ -54,42 +48,16 @@ def test_goes_on_where_it_stopped(
         open_model(config_for(tmp_path / "dst.partial"), TP(), "cpu")
     done = len((tmp_path / "dst.partial" / JOURNAL).read_text().splitlines()) - 1
     assert (done > 30) == (num_writes > 0)
-    written: list[str] = []
-    monkeypatch.setattr(FolderJob, "_write_tensor", spy(FolderJob._write_tensor, written))
+    written = written_names(monkeypatch)
     assert main(argv) == 0
     assert len(written) == 90 - done
     assert contents(tmp_path / "dst") == contents(w8a16)
 
 
-def spy(function: Any, calls: list[str]) -> Any:
-    def wrapper(self: Any, name: str, files: Any) -> Any:
-        calls.append(name)
-        return function(self, name, files)
-
-    return wrapper
-
-
 def test_killed_in_the_middle(w8a16: Path, tmp_path: Path) -> None:
-    program = f"""
-        import os, signal
-        from weights_tools import job
-        from weights_tools.cli import main
-        from weights_tools.journal import Journal
-        job.COMMIT_BYTES = 1
-        commit, before = Journal.commit, []
-        def killed(self, lines):
-            before.append(lines)
-            if len(before) > 20:
-                os.kill(os.getpid(), signal.SIGKILL)
-            commit(self, lines)
-        Journal.commit = killed
-        main(["quantize", {str(source())!r}, "--scheme", "w8a16", "--dst", "dst"])
-    """
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, env=env)
-    assert done.returncode == -signal.SIGKILL and not (tmp_path / "dst").exists()
-    assert len((tmp_path / "dst.partial" / JOURNAL).read_text().splitlines()) > 15
-    assert contents(quantize(source(), tmp_path / "dst")) == contents(w8a16)
+    argv = ["quantize", str(source()), "--scheme", "w8a16", "--dst", str(tmp_path / "dst")]
+    kill_in_the_middle(argv, tmp_path / "dst")
+    assert main(argv) == 0 and contents(tmp_path / "dst") == contents(w8a16)
 
 
 @pytest.mark.parametrize("verb", ["quantize --scheme w8a16", "split --ranks 2"])

@@ -1,6 +1,7 @@
 """Turn a family's original checkpoint files into one plain folder: config.json, safetensors, tokenizer files.
 
-Written to DST.partial and renamed when whole; config.json comes last, so nothing half-written is taken for a model.
+Written to DST.partial and renamed when whole; run the same command again after a kill and it goes on where it stopped.
+config.json comes last, so nothing half-written is taken for a model; conversion.json has the hash of every tensor.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from huggingface_hub.errors import StrictDataclassError
 from mmdist.config import UserError
 from mmdist.models.family import build_model, find_model
 from mmdist.plan import Plan, shard_plan
-from mmdist.rank_file import DTYPES
+from mmdist.rank_file import DTYPES, sha256
 from mmdist.tp import TP
 from mmdist.weights import INDEX, SINGLE
-from weights_tools.display import byte_bar, size_words
-from weights_tools.folder import CONVERSION, absolute, check_space, check_target, claim, publish, sync_all
+from weights_tools.display import size_words
+from weights_tools.folder import CONVERSION, absolute, check_target
+from weights_tools.job import Files, FolderJob, add_job_arguments
 from weights_tools.layouts import find_layout, list_layouts
 from weights_tools.layouts.source import Converted, Deferred, Source, Stored, few
-from weights_tools.part_file import Layout, PartFile, build_header
+from weights_tools.part_file import Layout
 
 FILE_BYTES = 4 << 30  # a larger model is written as several files, each at most this (or one tensor) long
 WORDS = {dtype: word for word, dtype in DTYPES.items()}
@@ -41,8 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", metavar="KEY=VALUE", type=setting, nargs="+", action="extend", default=[], dest="settings",
         help="what the files do not tell, e.g. num_heads=8; a wrong key is answered with the family's own",
     )  # fmt: skip
-    parser.add_argument("--force", action="store_true", help="replace DST when it is a folder made by convert")
-    parser.add_argument("--dry-run", action="store_true", help="check everything and write nothing")
+    add_job_arguments(parser, ConvertJob.verb)
 
 
 def setting(text: str) -> tuple[str, str]:
@@ -58,17 +59,19 @@ def run(args: argparse.Namespace) -> int:
     src, dst = absolute(args.src), absolute(args.dst)
     if not src.is_dir():
         raise UserError(f"{src}: no such folder; give the folder of {args.model}'s original files as --src")
-    check_target(dst, args.force, "convert")
+    check_target(dst, args.force, ConvertJob.verb)
     job = read_folder(args.model, Source(src, settings))
-    if not args.dry_run:
-        job.write(dst, force=args.force)
+    if args.dry_run:
+        job.check(dst, force=args.force)
+    else:
+        job.write(dst, force=args.force, jobs=args.jobs)
     if job.ignored:
         where = "" if args.dry_run else f" (all are in {dst / CONVERSION})"
         print(f"{len(job.ignored)} entries known to be unused: {few(job.ignored)}{where}")
     for file, size in job.file_sizes().items():
         print(f"{dst / file}: {size_words(size)}")
     words = "; nothing was written" if args.dry_run else ""
-    print(f"{dst}: {args.model}, {len(job.plan)} tensors, {size_words(job.num_bytes)}{words}")
+    print(f"{dst}: {args.model}, {len(job.plan)} tensors, {size_words(sum(job.sizes.values()))}{words}")
     return 0
 
 
@@ -95,74 +98,60 @@ def check_settings(model: str, given: list[tuple[str, str]], legal: dict[str, st
     return settings
 
 
-class ConvertJob:
+class ConvertJob(FolderJob):
     """What a layout made of a source, checked against the model before anything is written.
 
-    files: name of each safetensors file -> the tensors in it.
+    file_of: tensor -> the safetensors file it is written to.
     """
 
+    verb = "convert"
+
     def __init__(self, model: str, source: Source, converted: Converted):
-        self.model, self.source, self.converted = model, source, converted
-        self.tensors = converted.tensors
+        copied = [content for content in converted.files.values() if isinstance(content, Path)]
+        super().__init__(model, source.folder, [*source.paths, *copied])
+        self.source, self.converted, self.tensors = source, converted, converted.tensors
         self.ignored = [*converted.ignored, *source.ignored]
         self.plan = build_plan(model, source.folder, converted.config)
         check_tensors(self.plan, self.tensors, model, source.folder)
-        self.files = group_files(self.tensors)
+        files = group_files(self.tensors)
+        self.file_of = {name: file for file, names in files.items() for name in names}
+        self.layouts = {file: [self._describe(name) for name in names] for file, names in files.items()}
+        self.sizes = {name: num_bytes(tensor) for name, tensor in self.tensors.items()}
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(map(num_bytes, self.tensors.values()))
+    def _describe(self, name: str) -> tuple[str, str, tuple[int, ...]]:
+        tensor = self.tensors[name]
+        return name, WORDS[tensor.dtype], tuple(tensor.shape)
 
-    def layout(self, file: str) -> Layout:
-        stored = {name: self.tensors[name] for name in self.files[file]}
-        return [(name, WORDS[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()]
+    def settings(self) -> dict[str, Any]:
+        return {"format_version": 1, **self.source.settings}
 
-    def file_sizes(self) -> dict[str, int]:
-        """File name -> bytes."""
-        return {file: build_header(self.layout(file))[2] for file in self.files}
+    def write_tensor(self, name: str, files: Files) -> dict[str, Any]:
+        stored = self.tensors[name]
+        tensor = stored.make() if isinstance(stored, Deferred) else stored
+        files[self.file_of[name]].write(name, tensor)
+        return {"name": name, "sha256": sha256(tensor)}
 
-    def write(self, dst: Path, *, force: bool) -> None:
-        partial = dst.with_name(f"{dst.name}.partial")
-        check_space(partial, self.file_sizes())
-        with claim(partial, "convert", self._record()):
-            with byte_bar(self.num_bytes, "converting") as bar:
-                for file in self.files:
-                    for size in self._write_file(partial / file):
-                        bar.update(size)
-            self._write_other_files(partial)
-            sync_all([*partial.iterdir(), partial])
-            publish(partial, dst, force, "convert")
+    def write_rest(self, folder: Path, entries: list[dict[str, Any]]) -> None:
+        for name, content in self.converted.files.items():
+            if isinstance(content, Path):
+                shutil.copyfile(content, folder / name)
+            else:
+                (folder / name).write_text(content)
+        if len(self.layouts) > 1:
+            (folder / INDEX).write_text(index_text(self.layouts, sum(self.sizes.values())))
+        (folder / CONVERSION).write_text(json.dumps(self._record(entries), indent=1) + "\n")
+        (folder / CONFIG).write_text(json.dumps(self.converted.config, indent=1) + "\n")
 
-    def _record(self) -> dict[str, Any]:
-        """Where the folder comes from, and what was left out."""
+    def _record(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
+        """Where the folder comes from, what was left out, and the proof for every tensor."""
         source = self.source
         return {
             "model": self.model,
             "source": str(source.folder),
             "settings": source.settings,
             "ignored": self.ignored,
+            "sha256": {entry["name"]: entry["sha256"] for entry in entries},
         }
-
-    def _write_file(self, path: Path) -> Iterator[int]:
-        """Bytes of each tensor as it is written."""
-        file = PartFile(path, self.layout(path.name))
-        try:
-            for name in self.files[path.name]:
-                stored = self.tensors[name]
-                file.write(name, stored.make() if isinstance(stored, Deferred) else stored)
-                yield num_bytes(stored)
-        finally:
-            file.close()
-
-    def _write_other_files(self, folder: Path) -> None:
-        for name, content in self.converted.files.items():
-            if isinstance(content, Path):
-                shutil.copyfile(content, folder / name)
-            else:
-                (folder / name).write_text(content)
-        if len(self.files) > 1:
-            (folder / INDEX).write_text(index_text(self.files, self.num_bytes))
-        (folder / CONFIG).write_text(json.dumps(self.converted.config, indent=1) + "\n")
 
 
 def build_plan(model: str, src: Path, config: dict[str, Any]) -> Plan:
@@ -213,9 +202,9 @@ def group_files(tensors: Mapping[str, Stored]) -> dict[str, list[str]]:
     return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": names for n, names in enumerate(groups, 1)}
 
 
-def index_text(files: Mapping[str, list[str]], total_size: int) -> str:
-    """The index of several files. files: name -> the tensors in it."""
-    weight_map = {name: file for file, names in files.items() for name in names}
+def index_text(layouts: Mapping[str, Layout], total_size: int) -> str:
+    """The index of several files."""
+    weight_map = {name: file for file, layout in layouts.items() for name, *_ in layout}
     return json.dumps({"metadata": {"total_size": total_size}, "weight_map": weight_map}, indent=1) + "\n"
 
 

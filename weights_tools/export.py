@@ -1,6 +1,7 @@
 """Put a split folder together as the folder it was cut from, or write a model's decoder as a folder of its own.
 
-Written to DST.partial and renamed when whole; export.json says where it comes from and has the hash of every tensor.
+Written to DST.partial and renamed when whole; run the same command again after a kill and it goes on where it stopped.
+export.json says where it comes from and has the hash of every tensor.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import argparse
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,10 @@ from mmdist.quant_files import find_format
 from mmdist.rank_file import DTYPES, sha256
 from mmdist.weights import INDEX
 from weights_tools.convert import group_files, index_text
-from weights_tools.display import byte_bar, size_words
-from weights_tools.folder import (
-    absolute,
-    check_apart,
-    check_space,
-    check_target,
-    claim,
-    copy_other_files,
-    mark,
-    publish,
-    sync_all,
-)
+from weights_tools.display import size_words
+from weights_tools.folder import EXPORT, absolute, check_apart, check_target, copy_other_files
+from weights_tools.job import Files, FolderJob, add_job_arguments
 from weights_tools.layouts.source import few
-from weights_tools.part_file import Layout, PartFile, build_header
 from weights_tools.values import count_bytes
 from weights_tools.whole import JoinedCheckpoint, open_whole
 
@@ -57,8 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part", choices=["decoder"], help="the language model alone, as transformers' own class has it"
     )
-    parser.add_argument("--force", action="store_true", help="replace DST when it is a folder made by export")
-    parser.add_argument("--dry-run", action="store_true", help="check everything and write nothing")
+    add_job_arguments(parser, ExportJob.verb)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,35 +56,46 @@ def run(args: argparse.Namespace) -> int:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a folder made by weights_tools split, or a checkpoint")
     check_apart(folder, dst)
-    check_target(dst, args.force, "export")
+    check_target(dst, args.force, ExportJob.verb)
     job = DecoderJob(folder) if args.part == "decoder" else ExportJob(folder)
-    if not args.dry_run:
-        job.write(dst, force=args.force)
+    if args.dry_run:
+        job.check(dst, force=args.force)
+    else:
+        job.write(dst, force=args.force, jobs=args.jobs)
     for file, size in job.file_sizes().items():
         print(f"{dst / file}: {size_words(size)}")
     words = "; nothing was written" if args.dry_run else ""
-    print(f"{dst}: {len(job.tensors)} tensors{job.left_out()}, {size_words(job.num_bytes)}{words}")
+    print(f"{dst}: {len(job.tensors)} tensors{job.left_out()}, {size_words(sum(job.sizes.values()))}{words}")
     return 0
 
 
-class ExportJob:
+class ExportJob(FolderJob):
     """All of a split folder.
 
-    tensors: our name -> the name to write. files: name of each file to write -> our names of the tensors in it.
+    tensors: our name -> the name to write. file_of: our name -> the file to write it to.
     """
 
+    verb = "export"
+
     def __init__(self, folder: Path):
-        self.folder = folder
-        self.model, self.checkpoint = open_whole(folder)
+        model, self.checkpoint = open_whole(folder)
+        self.known: dict[str, str] = {}  # hashes of tensors that are checked as they are put together
+        weight_files = sorted(set(self.checkpoint.files.values()))
         if isinstance(self.checkpoint, JoinedCheckpoint):
+            self.known = {name: entry.source_sha256 for name, entry in self.checkpoint.entries.items()}
             self.checkpoint.restore(find_format(folder))
+            weight_files = self.checkpoint.part_paths()
+        super().__init__(model, folder, weight_files)
         self.tensors = self._choose()
-        self.files = self._group()
-        self.hashes: dict[str, str] = {}
+        files = self._group()
+        self.file_of = {name: file for file, names in files.items() for name in names}
+        self.layouts = {file: [self._describe(name) for name in names] for file, names in files.items()}
+        dtypes, shapes = self.checkpoint.dtypes, self.checkpoint.shapes
+        self.sizes = {name: count_bytes(dtypes[name], shapes[name]) for name in self.tensors}
 
     def _choose(self) -> dict[str, str]:
-        if not (self.folder / MANIFEST).exists():
-            raise UserError(f"{self.folder}: {self._why_not()}")
+        if not (self.src / MANIFEST).exists():
+            raise UserError(f"{self.src}: {self._why_not()}")
         return self.checkpoint.names
 
     def _why_not(self) -> str:
@@ -107,66 +108,40 @@ class ExportJob:
         groups: dict[str, list[str]] = {}
         for name in self.tensors:
             groups.setdefault(self.checkpoint.files[name].name, []).append(name)
-        if find_format(self.folder) is not None or all(map(NUMBERED.fullmatch, groups)):
+        if find_format(self.src) is not None or all(map(NUMBERED.fullmatch, groups)):
             return groups
         return group_files({name: self._on_meta(name) for name in self.tensors})
 
     def _on_meta(self, name: str) -> torch.Tensor:
         return torch.empty(self.checkpoint.shapes[name], dtype=self.checkpoint.dtype(name), device="meta")
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(count_bytes(self.checkpoint.dtypes[name], self.checkpoint.shapes[name]) for name in self.tensors)
+    def _describe(self, name: str) -> tuple[str, str, tuple[int, ...]]:
+        return self.tensors[name], self.checkpoint.dtypes[name], self.checkpoint.shapes[name]
 
     def left_out(self) -> str:
         return ""
 
-    def layout(self, file: str) -> Layout:
-        checkpoint = self.checkpoint
-        return [(self.tensors[name], checkpoint.dtypes[name], checkpoint.shapes[name]) for name in self.files[file]]
+    def settings(self) -> dict[str, Any]:
+        return {"format_version": 1}  # what is written of the source, the layouts say
 
-    def file_sizes(self) -> dict[str, int]:
-        return {file: build_header(self.layout(file))[2] for file in self.files}
+    def write_tensor(self, name: str, files: Files) -> dict[str, Any]:
+        tensor = self.checkpoint.read_whole(name)
+        files[self.file_of[name]].write(self.tensors[name], tensor)
+        return {"name": name, "stored": self.tensors[name], "sha256": self.known.get(name) or sha256(tensor)}
 
-    def record(self) -> dict[str, Any]:
-        return {"model": self.model, "source": str(self.folder), "sha256": self.hashes}
-
-    def write(self, dst: Path, *, force: bool) -> None:
-        partial = dst.with_name(f"{dst.name}.partial")
-        check_space(partial, self.file_sizes())
-        with claim(partial, "export", self.record()):
-            with byte_bar(self.num_bytes, "exporting") as bar:
-                for file in self.files:
-                    for size in self._write_file(partial / file):
-                        bar.update(size)
-            self._write_index(partial)
-            self.write_other_files(partial)
-            mark(partial, "export").write_text(json.dumps(self.record(), indent=1) + "\n")
-            sync_all([*partial.iterdir(), partial])
-            publish(partial, dst, force, "export")
-
-    def _write_file(self, path: Path) -> Iterator[int]:
-        """Bytes of each tensor as it is written."""
-        file = PartFile(path, self.layout(path.name))
-        try:
-            for name in self.files[path.name]:
-                tensor = self.checkpoint.read_whole(name)
-                file.write(self.tensors[name], tensor)
-                self.hashes[self.tensors[name]] = sha256(tensor)
-                yield tensor.nbytes
-        finally:
-            file.close()
-
-    def _write_index(self, folder: Path) -> None:
-        if len(self.files) > 1:
-            stored = {file: [self.tensors[name] for name in names] for file, names in self.files.items()}
-            (folder / index_name(self.files)).write_text(index_text(stored, self.num_bytes))
+    def write_rest(self, folder: Path, entries: list[dict[str, Any]]) -> None:
+        if len(self.layouts) > 1:
+            (folder / index_name(self.layouts)).write_text(index_text(self.layouts, sum(self.sizes.values())))
+        self.write_other_files(folder)
+        hashes = {entry["stored"]: entry["sha256"] for entry in entries}
+        record = {"model": self.model, "source": str(self.src), "sha256": hashes}
+        (folder / EXPORT).write_text(json.dumps(record, indent=1) + "\n")
 
     def write_other_files(self, folder: Path) -> None:
-        copy_other_files(self.folder, folder)
+        copy_other_files(self.src, folder)
 
 
-def index_name(files: dict[str, list[str]]) -> str:
+def index_name(files: Iterable[str]) -> str:
     """model.safetensors.index.json for model-00001-of-00003.safetensors, and so for other first words."""
     numbered = NUMBERED.fullmatch(next(iter(files)))
     return INDEX if numbered is None else f"{numbered[1]}{INDEX.removeprefix('model')}"
@@ -177,14 +152,14 @@ class DecoderJob(ExportJob):
 
     def _choose(self) -> dict[str, str]:
         family = find_model(self.model)
-        config = load_model_config(family, self.folder)
+        config = load_model_config(family, self.src)
         if not issubclass(family, MultimodalModel):
-            raise UserError(f"{self.folder}: {self.model} has no decoder; --part decoder is for models that generate")
+            raise UserError(f"{self.src}: {self.model} has no decoder; --part decoder is for models that generate")
         self.config = config.text_config
         self.config.tie_word_embeddings = family.is_tied(config)
         if self.config.model_type not in DECODERS:
             known = ", ".join(DECODERS)
-            raise UserError(f"{self.folder}: a decoder of type {self.config.model_type}; export writes {known}")
+            raise UserError(f"{self.src}: a decoder of type {self.config.model_type}; export writes {known}")
         prefixes = DECODER_NAMES.items()
         names = {name: ours for name in self.checkpoint.names for ours, _ in prefixes if name.startswith(ours)}
         renamed = {name: DECODER_NAMES[ours] + name.removeprefix(ours) for name, ours in names.items()}
@@ -199,10 +174,10 @@ class DecoderJob(ExportJob):
         unknown, missing = ours.keys() - stock.keys(), stock.keys() - ours.keys()
         if unknown or missing:
             words = f"{len(unknown)} tensors have no place in it ({few(unknown)})" if unknown else f"no {few(missing)}"
-            raise UserError(f"{self.folder}: its decoder is no {kind.__name__}: {words}")
+            raise UserError(f"{self.src}: its decoder is no {kind.__name__}: {words}")
         for name, shape in stock.items():
             if ours[name] != shape:
-                raise UserError(f"{self.folder}: {name} is {list(ours[name])}, {kind.__name__} has {list(shape)}")
+                raise UserError(f"{self.src}: {name} is {list(ours[name])}, {kind.__name__} has {list(shape)}")
         self.config.architectures = [kind.__name__]
 
     def _group(self) -> dict[str, list[str]]:
@@ -213,7 +188,7 @@ class DecoderJob(ExportJob):
 
     def write_other_files(self, folder: Path) -> None:
         for name in TOKENIZER_FILES:
-            if (self.folder / name).exists():
-                shutil.copyfile(self.folder / name, folder / name)
+            if (self.src / name).exists():
+                shutil.copyfile(self.src / name, folder / name)
         self.config.dtype = DTYPES[self.checkpoint.dtypes["decoder.norm.weight"]]
         self.config.save_pretrained(folder)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from mmdist.config import UserError
 from mmdist.manifest import MANIFEST
@@ -63,26 +61,6 @@ def clear(folder: Path, keep: str) -> None:
     for path in folder.iterdir():
         if path.name != keep:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-@contextmanager
-def claim(partial: Path, verb: str, record: dict[str, Any]) -> Iterator[None]:
-    """The folder to write, emptied and locked by the file that marks it as ours; removed when the work fails."""
-    path = mark(partial, verb)
-    partial.mkdir(parents=True, exist_ok=True)
-    if any(partial.iterdir()) and not path.exists():
-        raise UserError(f"{partial}: in the way and not left by {verb}; move it, or choose another --dst")
-    with open(path, "a", encoding="utf-8") as file:
-        lock(file, path, verb)
-        clear(partial, keep=path.name)
-        file.truncate(0)
-        file.write(json.dumps(record, indent=1) + "\n")
-        file.flush()
-        try:
-            yield
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
 
 
 def check_space(partial: Path, sizes: dict[str, int]) -> None:

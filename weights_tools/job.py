@@ -87,7 +87,7 @@ class FolderJob(ABC):
         return {
             "model": self.model,
             "source": str(self.src),
-            "source_files": {path.name: list(was) for path, was in self.stamps.items()},
+            "source_files": {str(path): list(was) for path, was in self.stamps.items()},
             "settings": hashlib.sha256(settings.encode()).hexdigest(),
             "files": self.file_sizes(),
         }

@@ -31,6 +31,7 @@ from weights_tools.convert import WORDS, group_files, index_text, num_bytes
 from weights_tools.display import size_words
 from weights_tools.folder import QUANTIZATION, absolute, check_target, other_files
 from weights_tools.job import Files, FolderJob, add_job_arguments, whole_number
+from weights_tools.offsets import NOT_PORTABLE, find_offsets
 from weights_tools.part_file import Layout
 from weights_tools.quant_folder import CONFIG, QuantFolder, quant_folder
 from weights_tools.source import find_source, open_source
@@ -40,7 +41,6 @@ BITS = {"w8a16": 8, "w4a16": 4}
 GROUP_SIZES = {"w8a16": 0, "w4a16": 128}
 # A weight is quantised by runs of rows with about this many numbers, so that what is made on the way stays small.
 CHUNK = 1 << 19
-NOT_PORTABLE = "msmodelslim's formula subtracts them, the NPU's operator adds them"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -186,8 +186,7 @@ class QuantizeJob(FolderJob):
             (folder / name).write_text(json.dumps(content, indent=1) + "\n")
         if len(self.layouts) > 1:
             total_size = sum(num_bytes(tensor) for output in self.outputs.values() for tensor in output.values())
-            files = {file: [name for name, *_ in layout] for file, layout in self.layouts.items()}
-            (folder / f"{self.folder.stem}.safetensors.index.json").write_text(index_text(files, total_size))
+            (folder / f"{self.folder.stem}.safetensors.index.json").write_text(index_text(self.layouts, total_size))
 
     def _record(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
         """Where the folder comes from, with the hashes of what was read and what was written."""
@@ -206,7 +205,7 @@ def find_weights(model: str, src: Path) -> set[str]:
     """Names in the files of the linear layers' weights; refuses a source that is not plain and whole."""
     held = find_format(src)
     if held is not None:
-        offsets = f", with offsets that are not zero: {NOT_PORTABLE}" if has_offsets(src) else ""
+        offsets = f", with offsets that are not zero: {NOT_PORTABLE}" if find_offsets(Checkpoint(src, {})) else ""
         raise UserError(
             f"{src}: quantised already, as {held.scheme.name}{offsets}; give the plain checkpoint it was made from"
         )
@@ -217,11 +216,6 @@ def find_weights(model: str, src: Path) -> set[str]:
     check_plain(built, plan, source)
     params = {f"{name}.weight" for name, _ in linears(built)}
     return {source.names[placement.name] for placement in plan.values() if placement.param in params}
-
-
-def has_offsets(src: Path) -> bool:
-    checkpoint = Checkpoint(src, {})
-    return any(checkpoint.read_whole(name).any() for name in checkpoint.names if name.endswith(".weight_offset"))
 
 
 def check_group_size(scheme: Scheme, columns: dict[str, int], src: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from mmdist.rank_file import sha256
 from mmdist.weights import find_files, find_index, open_safetensors
 from weights_tools.deep import PICTURE, PROMPT, Question, compare_answers, show_answers
 from weights_tools.display import byte_bar
-from weights_tools.folder import EXPORT, QUANTIZATION, absolute
+from weights_tools.folder import CONVERSION, EXPORT, QUANTIZATION, absolute
+from weights_tools.offsets import NOT_PORTABLE, find_offsets
 from weights_tools.quant_checks import LayerError, check_quantised, show_errors
 from weights_tools.source import find_family, load_plan, open_source
 from weights_tools.split_checks import check_split
 from weights_tools.values import bad_values
+from weights_tools.whole import open_whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     report = check(folder, against, deep=question is not None)
     if question is not None and against is not None and report.is_sound:
         report.answers = compare_answers(folder, against, question)
+    if report.is_sound:
+        report.warnings = list(warn_of_offsets(folder))
     if args.json:
         print(json.dumps(report.facts(), indent=1))
     else:
@@ -72,25 +76,32 @@ def read_question(args: argparse.Namespace) -> Question | None:
 @dataclass
 class Report:
     """problems: one line each. errors: of the quantised weights. is_sound: the folder itself is as it should be,
-    whatever it is compared with. answers: what --deep found."""
+    whatever it is compared with. answers: what --deep found. warnings: what works here and may not elsewhere."""
 
     folder: Path
     problems: list[str]
     errors: list[LayerError]
     is_sound: bool
     answers: dict[str, Any] | None = None
+    warnings: list[str] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
         layers = [error.facts() for error in self.errors]
-        return {"folder": str(self.folder), "problems": self.problems, "layers": layers, "deep": self.answers}
+        return {
+            "folder": str(self.folder),
+            "problems": self.problems,
+            "warnings": self.warnings,
+            "layers": layers,
+            "deep": self.answers,
+        }
 
     def show(self) -> None:
         if self.errors:
             show_errors(self.errors)
         if self.answers is not None:
             show_answers(self.answers)
-        for problem in self.problems:
-            print(problem)
+        for line in [*(f"warning: {words}" for words in self.warnings), *self.problems]:
+            print(line)
         print(f"{self.folder}: {f'{len(self.problems)} problems' if self.problems else 'all is well'}")
 
 
@@ -106,6 +117,14 @@ def check(folder: Path, against: Path | None, *, deep: bool) -> Report:
         )
     problems = list(check_split(folder, against) if is_split else check_source(folder))
     return Report(folder, problems, [], not problems)
+
+
+def warn_of_offsets(folder: Path) -> Iterator[str]:
+    if find_format(folder) is not None and (names := find_offsets(open_whole(folder)[1])):
+        yield (
+            f"{folder}: {len(names)} offsets are not zero (first: {names[0]}); such a folder is not portable: "
+            f"{NOT_PORTABLE}; weights_tools quantize makes one without offsets from the plain checkpoint"
+        )
 
 
 def check_source(folder: Path) -> Iterator[str]:
@@ -134,11 +153,14 @@ def check_source(folder: Path) -> Iterator[str]:
 
 
 def recorded_hashes(folder: Path) -> tuple[str, dict[str, str]]:
-    """(file that has them, stored name -> sha256), where quantize or export made the folder."""
+    """(file that has them, stored name -> sha256), where quantize, export or convert made the folder."""
     if (folder / QUANTIZATION).exists():
         entries = read_json(folder / QUANTIZATION)["tensors"]
         return QUANTIZATION, {name: found for entry in entries for name, found in entry["stored"].items()}
-    return EXPORT, read_json(folder / EXPORT)["sha256"] if (folder / EXPORT).exists() else {}
+    for record in (EXPORT, CONVERSION):
+        if (folder / record).exists():
+            return record, read_json(folder / record).get("sha256", {})  # older conversions have none
+    return "", {}
 
 
 def check_index(folder: Path, names: dict[str, list[str]]) -> Iterator[str]:

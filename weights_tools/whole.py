@@ -36,6 +36,9 @@ class JoinedCheckpoint(Checkpoint):
             if not self.part_path(rank).exists():
                 raise UserError(f"{self.part_path(rank)}: missing; copy it there, or split again")
 
+    def part_paths(self) -> list[Path]:
+        return [self.part_path(rank) for rank in range(self.manifest.world_size)]
+
     def part_path(self, rank: int) -> Path:
         return self.folder / part_file(rank, self.manifest.world_size)
 

@@ -98,6 +98,11 @@ class Source:
         """What trainers left beside the weights and no layout popped from `beside`: optimizer, epoch, ..."""
         return [name for tensors in self.opened for name in tensors.beside]
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files that tensors were read from."""
+        return [tensors.path for tensors in self.opened]
+
     def path(self, relative: str) -> Path:
         """A file or folder that must be there."""
         path = self.folder / relative
