@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mmdist.config import EXIT_INTERRUPTED, EXIT_USER_ERROR, FREE_TEXT_KEYS, REPOSITORY, TASKS, Config, UserError
-from mmdist.launch import become_rank, is_rank, run_rank, start
+from mmdist.launch import become_rank, is_rank, leave, run_rank, start
 from mmdist.usage import all_keys, usage
 from weights_tools.convert import convert_demo
 
@@ -136,4 +136,4 @@ def quote(argument: str, sweep: bool) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

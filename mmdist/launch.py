@@ -112,11 +112,15 @@ def lead(task: ModuleType, config: Config, engine: AnyEngine) -> int:
 
 def become_rank(run: Callable[[], int]) -> NoReturn:
     """Run a rank's program and end the process."""
-    code = guard_rank(run)
+    leave(guard_rank(run))  # torch's and gloo's threads may abort a process that unwinds its statics (seen: SIGABRT)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once: Python's own way out takes a second to undo torch's and transformers' imports."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # torch's and gloo's threads may abort a process that unwinds its statics (seen: SIGABRT)
+    os._exit(code)
 
 
 def guard_rank(run: Callable[[], int]) -> int:

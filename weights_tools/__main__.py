@@ -1,7 +1,5 @@
 """`python -m weights_tools`: the same as the console script."""
 
-import sys
+from weights_tools.cli import program
 
-from weights_tools.cli import main
-
-sys.exit(main())
+program()

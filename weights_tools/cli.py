@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -33,6 +34,14 @@ def build_parser() -> Parser:
         line = (verb.__doc__ or "").partition("\n")[0]
         verb.add_arguments(verbs.add_parser(name, help=line, description=line))
     return parser
+
+
+def program() -> NoReturn:
+    """The console script. Python's own way out takes a second to undo torch's and transformers' imports."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
