@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import config_for
+from conftest import GOLDEN, config_for
 from quant_cases import W4, description
 from split_cases import (
     Q_PROJ,
@@ -60,13 +60,19 @@ def test_killed_in_the_middle(w8a16: Path, tmp_path: Path) -> None:
     assert main(argv) == 0 and contents(tmp_path / "dst") == contents(w8a16)
 
 
-@pytest.mark.parametrize("verb", ["quantize --scheme w8a16", "split --ranks 2"])
+@pytest.mark.parametrize("verb", ["quantize --scheme w8a16", "split --ranks 2", "export"])
 def test_source_changed_while_it_is_read(
-    checkpoint: Path, tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    checkpoint: Path,
+    tp2: Path,
+    tmp_path: Path,
+    verb: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     name, *flags = verb.split()
-    argv = [name, str(checkpoint), *flags, "--dst", str(tmp_path / "dst")]
-    write, path = PartFile.write, sorted(checkpoint.glob("*.safetensors"))[0]
+    folder = tp2 if name == "export" else checkpoint
+    argv = [name, str(folder), *flags, "--dst", str(tmp_path / "dst")]
+    write, path = PartFile.write, sorted(folder.glob("*.safetensors"))[0]
 
     def touching(self: PartFile, stored: str, tensor: torch.Tensor) -> None:
         os.utime(path, ns=(1, 1))
@@ -101,13 +107,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("verb", ["quantize --scheme w8a16", "split --ranks 2"])
+VERBS = ("quantize SRC --scheme w8a16", "split SRC --ranks 2", "export TP2", "convert vlmo --src VLMO")
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_disk_full_in_the_middle(
-    small_disk: Path, verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    small_disk: Path, splits: dict, verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Another fills the disk after its room was checked; with room again, the same command goes on."""
-    name, *flags = verb.split()
-    argv = [name, str(source()), *flags, "--dst", str(small_disk / "dst")]
+    places = {"SRC": source(), "TP2": splits["mistral", 2], "VLMO": GOLDEN / "vlmo_vqa" / "checkpoint"}
+    argv = [*(str(places.get(word, word)) for word in verb.split()), "--dst", str(small_disk / "dst")]
+    capsys.readouterr()
     assert main(argv) == 2
     assert "needed, 500.0 KiB free; make room" in one_line(capsys)
     with monkeypatch.context() as patched:

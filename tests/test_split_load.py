@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,20 @@ def test_flipped_byte_is_named(tp2: Path, capsys: pytest.CaptureFixture):
     path = tp2 / part_file(1, 2)
     flip_byte(path, Q_PROJ)
     with pytest.raises(UserError, match=f"{path}: {Q_PROJ} is damaged"):
+        load(tp2, TP(1, 2))
+    assert main(["verify", str(tp2)]) == 1
+    assert f"{path}: {Q_PROJ} is damaged" in capsys.readouterr().out
+
+
+def test_part_of_another_model_is_named(tp2: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """The same names and shapes, cut for the same world size from other weights."""
+    other = Path(shutil.copytree(source(), tmp_path / "other"))
+    for file in other.glob("*.safetensors"):
+        save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    assert main(["split", str(other), "--ranks", "2", "--dst", str(tmp_path / "other-tp2")]) == 0
+    path = tp2 / part_file(1, 2)
+    shutil.copyfile(tmp_path / "other-tp2" / path.name, path)
+    with pytest.raises(UserError, match=f"{path}: .* is damaged"):
         load(tp2, TP(1, 2))
     assert main(["verify", str(tp2)]) == 1
     assert f"{path}: {Q_PROJ} is damaged" in capsys.readouterr().out
