@@ -34,7 +34,7 @@ COMMANDS = {
     ],
 }  # fmt: skip
 CHILD = """
-import json, resource, sys, time
+import json, os, resource, sys, time
 from weights_tools import quantize, split
 from weights_tools.cli import main
 if sys.argv[1] == "unhashed":
@@ -42,7 +42,8 @@ if sys.argv[1] == "unhashed":
 start = time.perf_counter()
 assert main(sys.argv[2:]) == 0
 seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"seconds": seconds, "peak_bytes": peak}))
+print(json.dumps({"seconds": seconds, "peak_bytes": peak}), flush=True)
+os._exit(0)  # as the console script ends
 """
 
 
@@ -85,7 +86,8 @@ def show(results: dict[str, list[dict[str, Any]]], allowed: int) -> None:
         )
         if "peak_bytes" in runs[0]:
             peak = max(run["peak_bytes"] for run in runs)
-            words += f"; with Python's start {whole:.2f} s; peak {peak / 1e6:.0f} MB of {allowed / 1e6:.0f} allowed"
+            words += f"; with Python's start {whole:.2f} s, {cp / whole:.2f}"
+            words += f"; peak {peak / 1e6:.0f} MB of {allowed / 1e6:.0f} allowed"
         print(words)
 
 
