@@ -62,13 +62,6 @@ class FinishesLoading(Protocol):
     def after_load(self, kernels: Kernels) -> None: ...
 
 
-@runtime_checkable
-class FinishesLater(Protocol):
-    """A module that can be used before it is finished, from where its weights lie in a file."""
-
-    def after_use(self, kernels: Kernels) -> None: ...
-
-
 class Checkpoint:
     """A folder of whole tensors. `names`: our name -> the name in its file."""
 
@@ -269,34 +262,34 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, plan: Plan, tp: TP, k
     missing = Counter(map(module_of, groups))
     bytes_read = 0
     for name, placements in with_progress(groups, show=tp.rank == 0):
-        param, num_bytes, in_place = load_param(shapes.pop(name), placements, checkpoint, tp, kernels.device)
+        param, num_bytes = load_param(shapes.pop(name), placements, checkpoint, tp, kernels.device)
         bytes_read += num_bytes
         for module, leaf in owners[name]:
             setattr(module, leaf, nn.Parameter(param, requires_grad=False))
         del param
         missing[module_of(name)] -= 1
         if not missing[module_of(name)]:
-            finish(modules.pop(module_of(name)), kernels, in_place)
+            finish(modules.pop(module_of(name)), kernels)
     for module in modules.values():
-        finish(module, kernels, in_place=False)
+        finish(module, kernels)
     return bytes_read
 
 
 def load_param(
     meta: torch.Tensor, placements: list[Placement], checkpoint: Checkpoint, tp: TP, device: torch.device
-) -> tuple[torch.Tensor, int, bool]:
-    """(this rank's parameter, the stored bytes of its parts, whether it lies in the checkpoint's file)"""
+) -> tuple[torch.Tensor, int]:
+    """(this rank's parameter, which may lie in the checkpoint's file; the stored bytes of its parts)"""
     placements = sorted(placements, key=lambda placement: placement.offset)
     parts = [checkpoint.read(placement, tp) for placement in placements]
     num_bytes = sum(part.nbytes for part in parts)
     whole = checkpoint.joined(placements, parts)
     if whole is not None and (whole.shape, whole.dtype, whole.device) == (meta.shape, meta.dtype, device):
-        return whole, num_bytes, True
+        return whole, num_bytes
     padded = any(piece.padded for placement in placements for piece in placement.pieces)
     param = (torch.zeros_like if padded else torch.empty_like)(meta, device=device)
     for placement, part in zip(placements, parts, strict=True):
         fill(param, placement, part)
-    return param, num_bytes, False
+    return param, num_bytes
 
 
 def find_owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
@@ -312,10 +305,8 @@ def module_of(param: str) -> str:
     return param.rpartition(".")[0]
 
 
-def finish(module: nn.Module, kernels: Kernels, in_place: bool) -> None:
-    if in_place and isinstance(module, FinishesLater):
-        module.after_use(kernels)
-    elif isinstance(module, FinishesLoading):
+def finish(module: nn.Module, kernels: Kernels) -> None:
+    if isinstance(module, FinishesLoading):
         module.after_load(kernels)
 
 

@@ -14,8 +14,6 @@ from split_cases import CASES, Q_PROJ, flip_byte, load, one_line, source, spoil
 from mmdist.config import Config, ModelConfig, UserError
 from mmdist.engine.load import asked_world_size, open_model
 from mmdist.kernels.kernels import Kernels
-from mmdist.kernels.packed import can_pack
-from mmdist.layers.linear import ColumnParallelLinear
 from mmdist.manifest import MANIFEST, load_manifest, part_file, save_manifest
 from mmdist.plan import Piece, Placement
 from mmdist.rank_file import RankFile
@@ -207,14 +205,3 @@ def test_rows_that_lie_apart_are_copied(tmp_path: Path) -> None:
     joined = file.map_rows(["a", "b"])
     assert joined is not None and torch.equal(joined, torch.cat((file.map("a"), file.map("b"))))
     assert file.map_rows(["a", "c"]) is None and file.map_rows(["b", "a"]) is None
-
-
-def test_a_weight_in_a_file_is_made_ready_at_its_second_use() -> None:
-    layer = ColumnParallelLinear(64, [Piece(32)], TP())
-    layer.weight = torch.nn.Parameter(torch.randn(32, 64, dtype=torch.bfloat16), requires_grad=False)
-    layer.after_use(Kernels(torch.device("cpu")))
-    x = torch.randn(3, 64, dtype=torch.bfloat16)
-    first, ready = layer(x), layer.linear
-    second = layer(x)
-    assert ready is None and (layer.linear is not None) == can_pack(torch.empty(1, dtype=torch.bfloat16))
-    torch.testing.assert_close(first, second, rtol=2e-2, atol=2e-2)

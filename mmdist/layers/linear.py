@@ -36,8 +36,6 @@ class ParallelWeight(nn.Module):
         self.format: WeightFormat | None = None
         self.scheme: Scheme | None = None
         self.linear: Linear | None = None
-        self.later: Kernels | None = None  # make it ready with these at its second use
-        self.was_used = False
         self.shape: tuple[int, ...] = ()  # of the weight, where `format` stands for it
 
     def store_as(self, format: WeightFormat) -> None:
@@ -67,13 +65,6 @@ class ParallelWeight(nn.Module):
             return others - self.weight.nbytes + self.scheme.num_bytes(*self.weight.shape)
         return others
 
-    def after_use(self, kernels: Kernels) -> None:
-        """A weight that lies in a file is used once as it is: it is made ready behind the first token."""
-        if self.format is None and self.scheme is None:
-            self.later = kernels
-        else:
-            self.after_load(kernels)
-
     def after_load(self, kernels: Kernels) -> None:
         """Where the kernels have a form of their own, the loaded tensors' memory goes and their shapes stay."""
         if self.format is not None:
@@ -93,10 +84,6 @@ class ParallelWeight(nn.Module):
         return quantize(self.weight, scheme)
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if self.later is not None and self.was_used:
-            kernels, self.later = self.later, None
-            self.after_load(kernels)
-        self.was_used = True
         return F.linear(x, self.weight, bias) if self.linear is None else self.linear(x, bias)
 
 
