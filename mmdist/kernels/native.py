@@ -19,6 +19,7 @@ from mmdist.quant import Quantized
 BF16, INT8, INT4 = range(3)
 BITS = {BF16: 16, INT8: 8, INT4: 4}
 ROWS, COLUMNS = 32, 8
+BFLOAT16 = torch.bfloat16
 MAX_HEAD_DIM = 256  # of flash.c
 
 
@@ -96,7 +97,7 @@ class NativeKernels(Kernels):
         return y
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        if not are_bf16(x, weight):
+        if x.dtype is not BFLOAT16 or weight.dtype is not BFLOAT16:
             return super().rms_norm(x, weight, eps)
         x = x.contiguous()
         out, hidden = torch.empty_like(x), x.shape[-1]
@@ -106,7 +107,7 @@ class NativeKernels(Kernels):
     def add_rms_norm(
         self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not are_bf16(x, y, weight) or x.shape != y.shape:
+        if not (x.dtype is y.dtype is weight.dtype is BFLOAT16) or x.shape != y.shape:
             return super().add_rms_norm(x, y, weight, eps)
         x, y = x.contiguous(), y.contiguous()
         total, out, hidden = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
@@ -115,7 +116,7 @@ class NativeKernels(Kernels):
         return total, out
 
     def gated(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-        if activation != "silu" or not are_bf16(gate_up):
+        if activation != "silu" or gate_up.dtype is not BFLOAT16:
             return super().gated(gate_up, activation)
         gate_up, width = gate_up.contiguous(), gate_up.shape[-1] // 2
         out = gate_up.new_empty(*gate_up.shape[:-1], width)
@@ -126,7 +127,7 @@ class NativeKernels(Kernels):
         return NativePagedAttention(self._native, k, v)
 
     def top_k(self, logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if not are_bf16(logits) or logits.stride(-1) != 1:
+        if logits.dtype is not BFLOAT16 or logits.stride(-1) != 1:
             return super().top_k(logits, k)
         rows, columns = logits.shape
         values, ids = torch.empty(rows, k), torch.empty(rows, k, dtype=torch.long)
@@ -166,10 +167,6 @@ class NativeLinear:
 def is_rows(x: torch.Tensor) -> bool:
     """True where the last two dimensions of (batch, tokens, heads, head_dim) lie end to end."""
     return x.stride(3) == 1 and x.stride(2) == x.shape[3]
-
-
-def are_bf16(*tensors: torch.Tensor) -> bool:
-    return all(tensor.dtype is torch.bfloat16 for tensor in tensors)
 
 
 def blocked(scale: torch.Tensor) -> torch.Tensor:

@@ -42,12 +42,12 @@ class NativePagedAttention(PagedAttention):
     def store(
         self, layer: int, qkv: torch.Tensor, heads: Sequence[int], rope: tuple[torch.Tensor, torch.Tensor], slots: Slots
     ) -> QKV:
-        qkv, (cos, sin) = qkv.contiguous(), rope
+        qkv, (cos, sin), tokens = qkv.contiguous(), rope, qkv.shape[0]
         self._store(
-            self.pages, layer, qkv.data_ptr(), len(qkv), heads[0], cos.data_ptr(), sin.data_ptr(),
+            self.pages, layer, qkv.data_ptr(), tokens, heads[0], cos.data_ptr(), sin.data_ptr(),
             slots.numbers.data_ptr(),
         )  # fmt: skip
-        q, k, v = qkv.view(len(qkv), -1, self.head_dim).split(heads, dim=1)
+        q, k, v = torch.split_with_sizes(qkv.view(tokens, -1, self.head_dim), heads, 1)
         return q, k, v
 
     def decode(

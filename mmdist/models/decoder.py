@@ -89,7 +89,7 @@ class DecoderLayer(nn.Module):
         attended = self.self_attn(self.input_layernorm(x), context)
         if rows is not None:
             x, attended = x[rows], attended[rows]
-        if not len(x):
+        if not x.shape[0]:
             return x
         x, normed = self.post_attention_layernorm.add(x, attended)
         return x + self.mlp(normed)
