@@ -54,6 +54,27 @@ def test_answers_are_right_and_the_same_at_every_world_size(family: str, tmp_pat
     assert all(found == texts[1] for found in texts.values())
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ("auto", "int8"))
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "vlmo"])
+def test_native_kernels_answer_as_plain_torch_does(family: str, kv_cache_dtype: str, tmp_path: Path) -> None:
+    """In bfloat16; where roundings decide, one answer in forty may differ."""
+    expected = write_questions(family, tmp_path)
+    checkpoint = convert(family, SHAPES[family], ()) if family in list_layouts() else SHAPES[family]
+    params = SamplingParams(max_new_tokens=40)
+
+    def work(engine: Engine) -> Any:
+        entries = read_requests(tmp_path / "requests.jsonl")
+        outputs = answers(engine, [build_request(entry, engine.prompts, params, tmp_path) for entry in entries])
+        return {item_id: output.token_ids for item_id, output in outputs.items()}
+
+    found = {}
+    for kernels in ("auto", "plain"):
+        config = config_for(checkpoint, model=family, dtype="bfloat16", max_num_seqs=8, kv_cache_dtype=kv_cache_dtype)
+        config.hardware.kernels = kernels
+        found[kernels] = run_engine(1, config, work)
+    assert sum(found["auto"][item_id] != found["plain"][item_id] for item_id in expected) <= 1
+
+
 def run_demo(*overrides: str) -> tuple[str, list[str]]:
     """The question line and the answer as it comes, of `python launch.py`."""
     command = [sys.executable, str(REPOSITORY / "launch.py"), *overrides]
