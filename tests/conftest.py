@@ -27,7 +27,7 @@ from torch.testing._internal.distributed.multi_threaded_pg import (
 
 from mmdist.backend import Backend
 from mmdist.collectives.distributed import DistributedCollectives
-from mmdist.collectives.shm import ShmCollectives, segment_bytes
+from mmdist.collectives.shm import ShmCollectives, create_segment
 from mmdist.config import Config, EngineConfig, ModelConfig, QuantConfig, SamplingParams
 from mmdist.engine.engine import Engine
 from mmdist.engine.load import load_engine
@@ -177,7 +177,9 @@ def shm_ranks(size: int, timeout_s: float = 60) -> Ranks:
     """(a rank's TP, what to do at the end)"""
     native = load_library()
     assert native is not None, "the tests need a C compiler"
-    segment = mmap.mmap(-1, segment_bytes(native, size))
+    fd = create_segment(native, size)
+    segment = mmap.mmap(fd, 0)
+    os.close(fd)
     unwatched = [-1] * size  # threads die with their process
     return lambda rank: TP(
         rank, size, ShmCollectives(native, segment, rank, unwatched, spin_us=0, timeout_s=timeout_s)

@@ -153,10 +153,11 @@ RANK = """
 import sys, time, torch
 from mmdist.tp import init_tp
 rank, size, way = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-tp = init_tp("shm", "auto", rank=rank, size=size, local_size=size, timeout_s=60)
+local_size = 1 if way == "apart" else size
+tp = init_tp("auto", "auto", rank=rank, size=size, local_size=local_size, timeout_s=60)
 x = torch.ones(5000)
 tp.all_reduce(x)
-assert (x == size).all()
+assert (x == size).all() and tp.group.name == ("gloo" if way == "apart" else "shm")
 print("ready", flush=True)
 if way == "waits" and rank == 1:
     time.sleep(60)
@@ -195,6 +196,12 @@ def test_a_killed_rank_ends_the_others(way: str) -> None:
         for rank in (ranks[0], ranks[2]):
             assert rank.wait(20) != 0 and "LostPeer: rank 1 has died" in rank.stderr.read()
     assert set(Path("/dev/shm").iterdir()) <= before
+
+
+def test_ranks_of_several_machines_use_gloo() -> None:
+    with processes(2, "apart") as ranks:
+        ranks[0].kill()
+        assert "(rank 0: 2 ranks on several machines); gloo is used instead" in ranks[0].communicate()[1]
 
 
 def failure(tmp_path: Path, rank: int, text: str, timestamp: int) -> ProcessFailure:

@@ -35,8 +35,8 @@ class ShmCollectives:
     def __init__(
         self, native: Native, segment: mmap.mmap, rank: int, pidfds: list[int], *, spin_us: int, timeout_s: float
     ):
-        """segment: of segment_bytes(), zeroed before the first rank comes. pidfds: of all ranks, by which their ends
-        are noticed; -1 for those not watched. spin_us: 0 where ranks are more than cores."""
+        """segment: of create_segment, which all have mapped. pidfds: of all ranks, by which their ends are noticed; -1
+        for those not watched. spin_us: 0 where ranks are more than cores."""
         self.rank, self.size, self.timeout_s = rank, len(pidfds), timeout_s
         pointer, number, count = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         self._reduce = native.declare("mmdist_shm_all_reduce", number, pointer, pointer, count, number)
@@ -108,8 +108,20 @@ class ShmCollectives:
             raise LostPeer(f"rank {-1 - code} did not come within {self.timeout_s:g} s (launcher.timeout_s)")
 
 
-def segment_bytes(native: Native, size: int) -> int:
-    return native.declare("mmdist_shm_segment_bytes", ctypes.c_int64, ctypes.c_int)(size)
+def create_segment(native: Native, size: int) -> int:
+    """The file descriptor of a new segment for `size` ranks."""
+    return checked(native.declare("mmdist_shm_create", ctypes.c_int, ctypes.c_int)(size))
+
+
+def watch(native: Native, pid: int) -> int:
+    """A file descriptor that tells when the process has ended."""
+    return checked(native.declare("mmdist_shm_watch", ctypes.c_int, ctypes.c_int)(pid))
+
+
+def checked(code: int) -> int:
+    if code < 0:
+        raise OSError(-code, os.strerror(-code))
+    return code
 
 
 class NoShm(Exception):
@@ -136,14 +148,13 @@ def open_shm(native: Native | None, *, rank: int, size: int, local_size: int, ti
         if native is None:
             raise NoShm("there is no native library")
         if rank == 0:
-            seat.fd = os.memfd_create("mmdist")
-            os.ftruncate(seat.fd, segment_bytes(native, size))
+            seat.fd = create_segment(native, size)
             seat.inode = os.fstat(seat.fd).st_ino
         return seat
 
     def join() -> ShmCollectives:
         assert native is not None
-        pidfds = [-1 if i == rank else os.pidfd_open(other.pid) for i, other in enumerate(seats)]
+        pidfds = [-1 if i == rank else watch(native, other.pid) for i, other in enumerate(seats)]
         segment = map_segment(seats[0])
         spin_us = SPIN_US if len(set().union(*(other.cores for other in seats))) >= size else 0
         return ShmCollectives(native, segment, rank, pidfds, spin_us=spin_us, timeout_s=timeout_s)
@@ -156,13 +167,12 @@ def open_shm(native: Native | None, *, rank: int, size: int, local_size: int, ti
     return joined
 
 
-def probe_shm() -> None:
+def probe_shm(native: Native) -> None:
     """NoShm or OSError where processes of this machine could not share a segment; asked by one alone."""
-    fd = os.memfd_create("mmdist")
+    fd = create_segment(native, 1)
     try:
-        os.ftruncate(fd, mmap.PAGESIZE)
         map_segment(Seat(os.getpid(), set(), fd, os.fstat(fd).st_ino)).close()
-        os.close(os.pidfd_open(os.getpid()))
+        os.close(watch(native, os.getpid()))
     finally:
         os.close(fd)
 

@@ -10,6 +10,7 @@
    sleeper is let in when it is woken. */
 #include "pool.h"
 
+#include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
 #include <poll.h>
@@ -19,6 +20,10 @@
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+
+#ifndef SYS_pidfd_open
+#define SYS_pidfd_open 434 /* on all machines */
+#endif
 
 enum { PAGE = 4096, SLOT = 1 << 18, FEW_BYTES = 1 << 15, BLOCK = 1024, ALIGNED = 32 };
 enum { SPINS = 30, SHORT_NS = 1000, IN_VAIN = 4, PROBE = 64, SLICE_NS = 100000000, SECOND_NS = 1000000000 };
@@ -46,9 +51,18 @@ static size_t control_bytes(int size)
     return (size * sizeof(Control) + PAGE - 1) / PAGE * PAGE;
 }
 
-MMDIST_API int64_t mmdist_shm_segment_bytes(int size)
+/* A file in memory for a segment, or -errno. By number, for not every Python or C library knows these two calls. */
+MMDIST_API int mmdist_shm_create(int size)
 {
-    return (int64_t)(control_bytes(size) + 2 * (size_t)size * SLOT);
+    int fd = (int)syscall(SYS_memfd_create, "mmdist", 1u /* MFD_CLOEXEC */);
+    return fd < 0 || ftruncate(fd, (off_t)(control_bytes(size) + 2 * (size_t)size * SLOT)) < 0 ? -errno : fd;
+}
+
+/* A file that becomes readable when the process ends, or -errno. */
+MMDIST_API int mmdist_shm_watch(int pid)
+{
+    int fd = (int)syscall(SYS_pidfd_open, pid, 0);
+    return fd < 0 ? -errno : fd;
 }
 
 MMDIST_API int64_t mmdist_shm_comm_bytes(int size)

@@ -176,8 +176,7 @@ def collectives(hardware: HardwareConfig, device: str) -> Finding:
     if hardware.collectives == "gloo":
         return Finding("collectives", "gloo, as asked")
     try:
-        open_level("auto" if hardware.kernels == "plain" else hardware.kernels)
-        probe_shm()
+        probe_shm(open_level("auto" if hardware.kernels == "plain" else hardware.kernels))
     except (BuildError, UserError, NoShm, OSError) as error:
         value, state, cure = broken(str(error))
         slow = f"gloo, a millisecond each instead of microseconds: {value}"
