@@ -221,12 +221,18 @@ static void find_places(Chunk *chunk, long first_token)
 {
     const Decode *job = chunk->job;
     const Pages *p = &job->pages;
-    const int32_t *table = job->block_tables + chunk->sequence * job->table_width;
-    for (long i = 0; i < CHUNK; i++) {
-        long token = first_token + (i < chunk->tokens ? i : chunk->tokens - 1);
-        int64_t slot = table[token / p->block_size] * p->block_size + token % p->block_size;
-        chunk->places[i] = job->layer * layer_vectors(p) + first_vector(p, slot);
+    const int32_t *block = job->block_tables + chunk->sequence * job->table_width + first_token / p->block_size;
+    const int64_t layer = job->layer * layer_vectors(p), step = p->kv_heads * p->block_size;
+    int64_t place = first_token % p->block_size;
+    for (long i = 0; i < chunk->tokens; i++, place++) {
+        if (place == p->block_size) {
+            block++;
+            place = 0;
+        }
+        chunk->places[i] = layer + *block * step + place;
     }
+    for (long i = chunk->tokens; i < CHUNK; i++)
+        chunk->places[i] = chunk->places[chunk->tokens - 1];
 }
 
 static Vectors vectors_of(const Chunk *chunk, const void *values, long head)

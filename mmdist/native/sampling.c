@@ -4,34 +4,42 @@
 #include <stdlib.h>
 
 /* bfloat16 -> an integer of the same order; -0 equals 0, and NaN is the largest, as torch.argmax has it. */
-INLINE uint16_t order(bf16 bits)
+INLINE int16_t order(bf16 bits)
 {
-    uint16_t key = bits & 0x8000 ? (uint16_t)~bits : bits | 0x8000;
-    key = bits == 0x8000 ? 0x8000 : key;
-    return (bits & 0x7fff) > 0x7f80 ? 0xffff : key;
+    int16_t magnitude = bits & 0x7fff, key = (int16_t)bits < 0 ? -magnitude : magnitude;
+    return magnitude > 0x7f80 ? 0x7fff : key;
 }
 
-/* The k-th largest of `columns` keys; how many are larger goes to `larger`. */
-static uint16_t kth_largest(const bf16 *logits, long columns, long k, long *larger)
+enum { CHUNK = 64 };
+
+/* The largest key of a chunk of the columns. */
+static int16_t chunk_largest(const bf16 *logits, long columns, long chunk)
 {
-    long above = 0, counts[256] = {0};
-    int high = 255, low = 255;
-    for (long i = 0; i < columns; i++)
-        counts[order(logits[i]) >> 8]++;
-    while (above + counts[high] < k)
-        above += counts[high--];
-    memset(counts, 0, sizeof counts);
-    for (long i = 0; i < columns; i++)
-        counts[order(logits[i]) & 255] += order(logits[i]) >> 8 == high;
-    while (above + counts[low] < k)
-        above += counts[low--];
-    *larger = above;
-    return (uint16_t)(high << 8 | low);
+    const bf16 *own = logits + chunk * CHUNK;
+    int16_t largest = -0x8000;
+    if (columns - chunk * CHUNK >= CHUNK)
+        for (int i = 0; i < CHUNK; i++)
+            largest = order(own[i]) > largest ? order(own[i]) : largest;
+    else
+        for (int i = 0; i < columns - chunk * CHUNK; i++)
+            largest = order(own[i]) > largest ? order(own[i]) : largest;
+    return largest;
 }
 
-/* A key and, below it, how far its id is from the last: larger for whom comes first. */
-enum { ID_BITS = 40 };
-static const int64_t LAST_ID = (1ll << ID_BITS) - 1;
+static long argmax(const bf16 *logits, long columns)
+{
+    long best = 0;
+    int16_t largest = -0x8000;
+    for (long chunk = 0; chunk * CHUNK < columns; chunk++) {
+        int16_t found = chunk_largest(logits, columns, chunk);
+        best = found > largest ? chunk : best;
+        largest = found > largest ? found : largest;
+    }
+    long i = best * CHUNK;
+    while (order(logits[i]) != largest)
+        i++;
+    return i;
+}
 
 static int larger_first(const void *a, const void *b)
 {
@@ -39,32 +47,32 @@ static int larger_first(const void *a, const void *b)
     return (x < y) - (x > y);
 }
 
+/* A key and, below it, how far its id is from the last: larger for whom comes first. */
+static const int64_t IDS = 1ll << 40;
+
+/* At least `least` in each of k chunks, so none of the k largest is less; only such chunks are looked into. */
 static void find_top(const bf16 *logits, long columns, long k, int64_t *ids)
 {
-    long larger, count = 0;
-    uint16_t kth = kth_largest(logits, columns, k, &larger);
-    long equal = k - larger;
-    for (long i = 0; count < k; i++) {
-        uint16_t key = order(logits[i]);
-        if (key > kth || (key == kth && equal-- > 0))
-            ids[count++] = (int64_t)key << ID_BITS | (LAST_ID - i);
+    const long chunks = (columns + CHUNK - 1) / CHUNK;
+    int64_t *largest = malloc(sizeof *largest * (2 * chunks + columns)), *sorted = largest + chunks;
+    if (largest == NULL)
+        abort();
+    int64_t *found = sorted + chunks;
+    long count = 0;
+    for (long chunk = 0; chunk < chunks; chunk++)
+        sorted[chunk] = largest[chunk] = chunk_largest(logits, columns, chunk);
+    qsort(sorted, chunks, sizeof *sorted, larger_first);
+    const int64_t least = k <= chunks ? sorted[k - 1] : -0x8000;
+    for (long i = 0; i < columns; i++) {
+        if (i % CHUNK == 0 && largest[i / CHUNK] < least)
+            i += CHUNK - 1;
+        else if (order(logits[i]) >= least)
+            found[count++] = order(logits[i]) * IDS + (IDS - 1 - i);
     }
-    qsort(ids, k, sizeof *ids, larger_first);
+    qsort(found, count, sizeof *found, larger_first);
     for (long i = 0; i < k; i++)
-        ids[i] = LAST_ID - (ids[i] & LAST_ID);
-}
-
-static long argmax(const bf16 *logits, long columns)
-{
-    uint16_t largest = 0;
-    long i = 0;
-    for (long j = 0; j < columns; j++) {
-        uint16_t key = order(logits[j]);
-        largest = key > largest ? key : largest;
-    }
-    while (order(logits[i]) != largest)
-        i++;
-    return i;
+        ids[i] = IDS - 1 - (found[i] & (IDS - 1));
+    free(largest);
 }
 
 typedef struct {
