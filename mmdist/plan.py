@@ -48,10 +48,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Shard:
-    """How a parameter is cut: along `dim`, each piece by itself."""
+    """How a parameter is cut: along `dim`, each piece by itself. packs: it may be stored in blocks (mmdist.blocks)."""
 
     dim: int
     pieces: tuple[Piece, ...]
+    packs: bool = False
 
 
 @runtime_checkable
@@ -71,7 +72,7 @@ class Placement:
     """One tensor of the checkpoint: the parameter it fills and the part of it each rank holds.
 
     name: our name for the stored tensor. shape: its full shape. param: the parameter; offset: where its rows start
-    there (along dim). pieces: empty when the tensor is not cut.
+    there (along dim). pieces: empty when the tensor is not cut. packs: as in Shard.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Placement:
     pieces: tuple[Piece, ...] = ()
     offset: int = 0
     rank_zero_only: bool = False
+    packs: bool = False
 
     @property
     def kind(self) -> str:
@@ -147,11 +149,13 @@ def place(full_name: str, param: torch.Tensor, shard: Shard | None, rank_zero_on
     before, after = tuple(param.shape[: shard.dim]), tuple(param.shape[shard.dim + 1 :])
     if shard.pieces[0].name is None:
         rows = sum(piece.size for piece in shard.pieces)
-        return [Placement(full_name, (*before, rows, *after), full_name, shard.dim, shard.pieces)]
+        shape = (*before, rows, *after)
+        return [Placement(full_name, shape, full_name, shard.dim, shard.pieces, packs=shard.packs)]
     placements, offset = [], 0
     for piece in shard.pieces:
         name = stored_apart(full_name, piece)
-        placements.append(Placement(name, (*before, piece.size, *after), full_name, shard.dim, (piece,), offset))
+        shape = (*before, piece.size, *after)
+        placements.append(Placement(name, shape, full_name, shard.dim, (piece,), offset, packs=shard.packs))
         offset += piece.local_size(tp)
     return placements
 

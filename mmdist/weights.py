@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from tqdm import tqdm
 
+from mmdist.blocks import from_stored
 from mmdist.config import UserError
-from mmdist.kernels.kernels import Kernels
-from mmdist.manifest import MANIFEST, PART_FILES, load_manifest, part_file
+from mmdist.manifest import MANIFEST, PART_FILES, Part, load_manifest, part_file
 from mmdist.plan import Placement, Plan
 from mmdist.rank_file import DTYPES, RankFile
 from mmdist.tp import TP
@@ -53,13 +49,6 @@ def open_safetensors(path: Path) -> Any:
         ) from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: truncated or not a safetensors file ({error}); copy it again") from error
-
-
-@runtime_checkable
-class FinishesLoading(Protocol):
-    """A module with something left to do once the weights are there: values no checkpoint stores, packing."""
-
-    def after_load(self, kernels: Kernels) -> None: ...
 
 
 class Checkpoint:
@@ -140,6 +129,10 @@ class Checkpoint:
         """What was read, as one tensor in the file that may be kept; None where there is no such."""
         return None
 
+    def blocks(self, placements: Sequence[Placement], tp: TP) -> torch.Tensor | None:
+        """The parts of a parameter as one tensor in the file, where it is stored in blocks; may be kept."""
+        return None
+
     def read_whole(self, name: str) -> torch.Tensor:
         """The stored tensor as it is; a view of the mapped file, see read()."""
         with open_safetensors(self.files[name]) as file:
@@ -186,8 +179,15 @@ class SplitCheckpoint(Checkpoint):
                 raise UserError(f"{self.path}: {entry.name} is missing; run weights_tools split again")
 
     def read(self, placement: Placement, tp: TP) -> torch.Tensor:
-        entry = self.entries[placement.name]
-        (part,) = (part for part in entry.parts if part.rank == tp.rank)
+        return from_stored(self._stored(placement, tp), self._part(placement).order)
+
+    def _part(self, placement: Placement) -> Part:
+        (part,) = (part for part in self.entries[placement.name].parts if part.rank == self.rank)
+        return part
+
+    def _stored(self, placement: Placement, tp: TP) -> torch.Tensor:
+        """This rank's part as it lies in the file."""
+        entry, part = self.entries[placement.name], self._part(placement)
         tensor = self.file.map(entry.name)
         wanted = placement.part_shape(tp)
         same_rows = [list(rows) for rows in placement.ranges(tp)] == part.ranges
@@ -209,6 +209,15 @@ class SplitCheckpoint(Checkpoint):
         starts = accumulate((len(part) for part in parts), initial=0)
         if any((p.dim, p.offset) != (0, start) for p, start in zip(placements, starts, strict=False)):
             return None
+        if any(self._part(placement).order is not None for placement in placements):
+            return None
+        return self.file.map_rows([self.names[placement.name] for placement in placements])
+
+    def blocks(self, placements: Sequence[Placement], tp: TP) -> torch.Tensor | None:
+        if any(self._part(placement).order is None for placement in placements):
+            return None
+        for placement in placements:
+            self._stored(placement, tp)
         return self.file.map_rows([self.names[placement.name] for placement in placements])
 
 
@@ -245,78 +254,3 @@ def open_checkpoint(folder: Path, renames: Renames, ignored: Sequence[str], tp: 
     if (folder / MANIFEST).exists():
         return SplitCheckpoint(folder, renames, tp)
     return Checkpoint(folder, renames, ignored)
-
-
-def load_weights(model: nn.Module, checkpoint: Checkpoint, plan: Plan, tp: TP, kernels: Kernels) -> int:
-    """Fill a model built on meta with this rank's part of the checkpoint; returns the bytes read.
-
-    Parameters that live on rank 0 alone stay on meta elsewhere and take no memory. A module finishes (packs, say) as
-    soon as its own weights are there, so that no more than one of them is ever held twice.
-    """
-    shapes, modules, owners = dict(model.named_parameters()), dict(model.named_modules()), find_owners(model)
-    groups: dict[str, list[Placement]] = {}
-    for placement in sorted(
-        (p for p in plan.values() if p.held_by(tp)), key=lambda p: (checkpoint.files[p.name], p.name)
-    ):
-        groups.setdefault(placement.param, []).append(placement)
-    missing = Counter(map(module_of, groups))
-    bytes_read = 0
-    for name, placements in with_progress(groups, show=tp.rank == 0):
-        param, num_bytes = load_param(shapes.pop(name), placements, checkpoint, tp, kernels.device)
-        bytes_read += num_bytes
-        for module, leaf in owners[name]:
-            setattr(module, leaf, nn.Parameter(param, requires_grad=False))
-        del param
-        missing[module_of(name)] -= 1
-        if not missing[module_of(name)]:
-            finish(modules.pop(module_of(name)), kernels)
-    for module in modules.values():
-        finish(module, kernels)
-    return bytes_read
-
-
-def load_param(
-    meta: torch.Tensor, placements: list[Placement], checkpoint: Checkpoint, tp: TP, device: torch.device
-) -> tuple[torch.Tensor, int]:
-    """(this rank's parameter, which may lie in the checkpoint's file; the stored bytes of its parts)"""
-    placements = sorted(placements, key=lambda placement: placement.offset)
-    parts = [checkpoint.read(placement, tp) for placement in placements]
-    num_bytes = sum(part.nbytes for part in parts)
-    whole = checkpoint.joined(placements, parts)
-    if whole is not None and (whole.shape, whole.dtype, whole.device) == (meta.shape, meta.dtype, device):
-        return whole, num_bytes
-    padded = any(piece.padded for placement in placements for piece in placement.pieces)
-    param = (torch.zeros_like if padded else torch.empty_like)(meta, device=device)
-    for placement, part in zip(placements, parts, strict=True):
-        fill(param, placement, part)
-    return param, num_bytes
-
-
-def find_owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Parameter -> the modules that have it, and under what name; more than one where weights are tied."""
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for leaf, param in module.named_parameters(recurse=False):
-            owners.setdefault(id(param), []).append((module, leaf))
-    return {name: owners[id(param)] for name, param in model.named_parameters()}
-
-
-def module_of(param: str) -> str:
-    return param.rpartition(".")[0]
-
-
-def finish(module: nn.Module, kernels: Kernels) -> None:
-    if isinstance(module, FinishesLoading):
-        module.after_load(kernels)
-
-
-def fill(param: torch.Tensor, placement: Placement, part: torch.Tensor) -> None:
-    """Copy a part to its place in a parameter; padding behind it stays zero."""
-    if placement.dim is not None:
-        param = param.narrow(placement.dim, placement.offset, part.shape[placement.dim])
-    param.copy_(part)
-
-
-def with_progress(groups: dict[str, list[Placement]], show: bool) -> Iterator[tuple[str, list[Placement]]]:
-    hidden = not (show and sys.stderr.isatty())
-    return iter(tqdm(groups.items(), desc="loading weights", unit="tensor", disable=hidden))

@@ -17,10 +17,11 @@ from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
 
 from mmdist.kernels.kernels import Kernels
+from mmdist.loading import load_weights
 from mmdist.models.family import build_model, find_model, load_model_config
 from mmdist.plan import shard_plan
 from mmdist.tp import TP
-from mmdist.weights import load_weights, open_checkpoint
+from mmdist.weights import open_checkpoint
 from weights_tools.cli import main
 from weights_tools.job import FolderJob
 from weights_tools.journal import JOURNAL

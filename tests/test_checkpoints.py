@@ -22,10 +22,10 @@ from mmdist.engine.engine import Engine
 from mmdist.engine.load import load_engine, open_model
 from mmdist.engine.request import Request
 from mmdist.kernels.kernels import Kernels
+from mmdist.loading import load_weights
 from mmdist.models.family import build_model, find_model, legal_world_sizes, load_model_config
 from mmdist.tasks.requests import user_message
 from mmdist.tp import TP
-from mmdist.weights import load_weights
 
 # Text models of the three kinds, with fewer KV heads than ranks, and vocabularies that no world size divides.
 KINDS = {

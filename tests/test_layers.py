@@ -19,9 +19,10 @@ from mmdist.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from mmdist.layers.linear import ColumnParallelLinear, RowParallelLinear
 from mmdist.layers.lora import add_lora
 from mmdist.layers.mlp import GatedMLP
+from mmdist.loading import load_weights
 from mmdist.plan import Piece, shard_plan
 from mmdist.tp import TP
-from mmdist.weights import Checkpoint, load_weights
+from mmdist.weights import Checkpoint
 
 SIZES = (1, 2, 4, 8)
 

@@ -14,11 +14,11 @@ from split_cases import CASES, Q_PROJ, flip_byte, load, one_line, source, spoil
 from mmdist.config import Config, ModelConfig, UserError
 from mmdist.engine.load import asked_world_size, open_model
 from mmdist.kernels.kernels import Kernels
+from mmdist.loading import load_weights
 from mmdist.manifest import MANIFEST, load_manifest, part_file, save_manifest
 from mmdist.plan import Piece, Placement
 from mmdist.rank_file import RankFile
 from mmdist.tp import TP
-from mmdist.weights import load_weights
 from weights_tools.cli import main
 from weights_tools.part_file import PartFile
 from weights_tools.split_checks import tiling_gaps

@@ -71,6 +71,7 @@ def describe_split(folder: Path) -> dict[str, Any]:
         "num_bytes": sum(count_bytes(entry.dtype, entry.shape) for entry in manifest.tensors),
         "dtypes": dict(Counter(entry.dtype for entry in manifest.tensors)),
         "placements": dict(Counter(entry.placement for entry in manifest.tensors)),
+        "num_packed_parts": sum(part.order is not None for entry in manifest.tensors for part in entry.parts),
         "parts": sizes,
     }
 
@@ -81,6 +82,8 @@ def show_split(facts: dict[str, Any]) -> None:
     show_format(facts)
     print(f"{facts['num_tensors']} tensors, {size_words(facts['num_bytes'])}, {count_words(facts['dtypes'])}")
     print(f"placement: {count_words(facts['placements'])}")
+    if facts["num_packed_parts"]:
+        print(f"packed: {facts['num_packed_parts']} parts lie as native CPU kernels read them")
     for name, size in facts["parts"].items():
         print(f"  {name}  {'MISSING' if size is None else size_words(size)}")
 

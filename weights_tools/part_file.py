@@ -21,6 +21,7 @@ Layout = list[tuple[str, str, tuple[int, ...]]]
 
 
 PAGE = max(4096, mmap.PAGESIZE)
+LINE = 64  # bytes that processors read at once
 STAGE_BYTES = 8 << 20  # of one direct write
 DIRECT_BYTES = 1 << 20  # less is not worth one
 THREAD = threading.local()
@@ -29,15 +30,17 @@ THREAD = threading.local()
 def build_header(layout: Layout) -> tuple[bytes, dict[str, int], int]:
     """-> (header with its length in front, offset of each tensor in the file, size of the file).
 
-    Wider dtypes come first and the header fills whole words, so every tensor is aligned to its dtype.
+    What fills whole cache lines comes first and begins with one, as kernels like it that read it in the file; of the
+    rest, wider dtypes come first: so every tensor is aligned to its dtype.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
-    for name, dtype, shape in sorted(layout, key=lambda item: -count_bytes(item[1], ())):
+    ordered = sorted(layout, key=lambda item: (count_bytes(*item[1:]) % LINE > 0, -count_bytes(item[1], ())))
+    for name, dtype, shape in ordered:
         starts[name], end = end, end + count_bytes(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [starts[name], end]}
     words = json.dumps(header, separators=(",", ":")).encode()
-    words += b" " * (-len(words) % 8)
+    words += b" " * (-(8 + len(words)) % LINE)
     base = 8 + len(words)
     return len(words).to_bytes(8, "little") + words, {name: base + start for name, start in starts.items()}, base + end
 

@@ -10,8 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mmdist.blocks import BLOCKS, fill_blocks, to_stored
 from mmdist.manifest import FORMAT_VERSION, Manifest, Part, TensorEntry, part_file, save_manifest, tensor_entry
-from mmdist.plan import Plan, cut
+from mmdist.plan import Placement, Plan, cut
 from mmdist.rank_file import sha256
 from mmdist.tp import TP
 from mmdist.weights import Checkpoint
@@ -28,13 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=whole_number, required=True, metavar="N", help="the world size to cut for")
     parser.add_argument("--src", metavar="DIR", help="the checkpoint; default: the family's demo_checkpoint")
     parser.add_argument("--dst", metavar="DIR", help="the folder to write; default: beside the source, SRC-tpN")
+    parser.add_argument(
+        "--packed", action="store_true",
+        help="bfloat16 linear weights in the order in which native CPU kernels read them: used where they lie, so that "
+        "the first token comes sooner; all else reads such a folder too, and puts them in their old order to do so",
+    )  # fmt: skip
     add_job_arguments(parser, SplitJob.verb)
 
 
 def run(args: argparse.Namespace) -> int:
     model, src = find_source(args.model, args.src)
     dst = absolute(args.dst) if args.dst else src.with_name(f"{src.name}-tp{args.ranks}")
-    job = SplitJob(model, src, args.ranks)
+    job = SplitJob(model, src, args.ranks, packed=args.packed)
     if args.dry_run:
         job.check(dst, force=args.force)
     else:
@@ -46,11 +52,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 class SplitJob(FolderJob):
-    """One checkpoint and one world size: who gets what."""
+    """One checkpoint and one world size: who gets what. packed: in blocks (mmdist.blocks), what can be."""
 
     verb = "split"
 
-    def __init__(self, model: str, src: Path, world_size: int):
+    def __init__(self, model: str, src: Path, world_size: int, *, packed: bool = False):
+        self.packed = packed
         self.ranks = [TP(rank, world_size) for rank in range(world_size)]
         self.checkpoint: Checkpoint = open_source(model, src)
         super().__init__(model, src, sorted(set(self.checkpoint.files.values())))
@@ -70,8 +77,15 @@ class SplitJob(FolderJob):
 
     def settings(self) -> dict[str, Any]:
         placements = self.placements.items()
-        cuts = [(name, p.kind, p.dim, [p.ranges(tp) for tp in self.ranks]) for name, p in placements]
+        cuts = [
+            (name, p.kind, p.dim, [(p.ranges(tp), self.order(p, tp)) for tp in self.ranks]) for name, p in placements
+        ]
         return {"format_version": FORMAT_VERSION, "cuts": cuts}
+
+    def order(self, placement: Placement, tp: TP) -> str | None:
+        """In which this rank's part is stored."""
+        fills = fill_blocks(placement.part_shape(tp), self.checkpoint.dtypes[placement.name])
+        return BLOCKS if self.packed and placement.packs and fills else None
 
     def write_tensor(self, name: str, files: Files) -> dict[str, Any]:
         placement, checkpoint = self.placements[name], self.checkpoint
@@ -80,11 +94,12 @@ class SplitJob(FolderJob):
         parts = []
         for tp in self.ranks:
             if placement.held_by(tp):
-                part = cut(full, placement, tp).contiguous()
+                order = self.order(placement, tp)
+                part = to_stored(cut(full, placement, tp), order).contiguous()
                 files[part_file(tp.rank, tp.size)].write(name, part)
                 hash_of_part = source_sha256 if placement.dim is None else sha256(part)
                 ranges = [list(rows) for rows in placement.ranges(tp)]
-                parts.append(Part(tp.rank, ranges, list(part.shape), hash_of_part))
+                parts.append(Part(tp.rank, ranges, list(part.shape), hash_of_part, order))
         entry = TensorEntry(
             name=name,
             source_file=checkpoint.files[placement.name].name,

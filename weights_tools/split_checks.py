@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from mmdist.blocks import to_stored
 from mmdist.config import UserError
 from mmdist.manifest import MANIFEST, Manifest, Part, TensorEntry, load_manifest, part_file
 from mmdist.models.family import find_model
@@ -154,5 +155,6 @@ def check_cut(source: Checkpoint, name: str, entry: TensorEntry, plan: Plan, wor
         yield "is not the tensor that was split: its sha256 is not the manifest's"
         return
     for part in entry.parts:
-        if sha256(cut(full, plan[name], TP(part.rank, world_size))) != part.sha256:
+        part_of_source = cut(full, plan[name], TP(part.rank, world_size))
+        if sha256(to_stored(part_of_source, part.order)) != part.sha256:
             yield f"cut for rank {part.rank} is not the part in the manifest"

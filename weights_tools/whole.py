@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from mmdist.blocks import from_stored
 from mmdist.config import UserError
 from mmdist.manifest import MANIFEST, Part, TensorEntry, load_manifest, part_file
 from mmdist.models.family import find_model
@@ -78,7 +79,7 @@ class JoinedCheckpoint(Checkpoint):
             tensor = file.get_tensor(entry.name)
         if list(tensor.shape) != part.shape or tensor.dtype != DTYPES[entry.dtype] or sha256(tensor) != part.sha256:
             raise UserError(f"{path}: {entry.name} is damaged, not what the manifest says; copy it or split again")
-        return tensor
+        return from_stored(tensor, part.order)
 
 
 def put(full: torch.Tensor, dim: int, ranges: list[list[int]], part: torch.Tensor) -> None:

@@ -39,7 +39,7 @@ class Engine:
         self.tp, self.processor, self.eos_token_ids = tp, processor, eos_token_ids
         shape = cache_shape(model, config)
         self.max_model_len = shape.max_model_len
-        self.runner = Runner(model, PagedCache(shape, model.dtype, kernels), tp)
+        self.runner = Runner(model, PagedCache(shape, model.dtype, kernels), tp, kernels)
         self.scheduler = Scheduler(config, BlockManager(shape.num_blocks, shape.block_size))
         self.sequences: dict[str, Sequence] = {}
 

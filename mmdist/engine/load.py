@@ -18,6 +18,7 @@ from mmdist.engine.encoder import EncoderEngine
 from mmdist.engine.engine import Engine
 from mmdist.engine.memory import RankMemory, rank_memory
 from mmdist.kernels.native import find_kernels
+from mmdist.loading import load_weights
 from mmdist.manifest import MANIFEST, load_manifest
 from mmdist.models.base import EncoderModel, Model, MultimodalModel
 from mmdist.models.family import build_model, check_folder, check_world_size, find_model, load_model_config
@@ -26,7 +27,7 @@ from mmdist.plan import Plan, shard_plan
 from mmdist.quant import FOLLOWS, Ascend, Scheme, WeightFormat
 from mmdist.quant_files import check_description, find_format
 from mmdist.tp import TP
-from mmdist.weights import Checkpoint, load_weights, open_checkpoint
+from mmdist.weights import Checkpoint, open_checkpoint
 
 AnyEngine = Engine | EncoderEngine
 log = logging.getLogger("mmdist.load")

@@ -10,16 +10,18 @@ import torch
 from mmdist.engine.batch import Batch
 from mmdist.engine.cache import PagedCache, StepCache
 from mmdist.engine.sampler import Scores
+from mmdist.kernels.kernels import Kernels
 from mmdist.models.base import MultimodalModel
 from mmdist.models.decoder import Step
 from mmdist.tp import TP
 
 
 class Runner:
-    def __init__(self, model: MultimodalModel, cache: PagedCache, tp: TP):
-        self.model, self.cache, self.tp, self.device = model, cache, tp, cache.device
+    def __init__(self, model: MultimodalModel, cache: PagedCache, tp: TP, kernels: Kernels):
+        self.model, self.cache, self.tp, self.kernels, self.device = model, cache, tp, kernels, cache.device
         self.memories: dict[str, Any] = {}
         self.keeps_all = False  # every layer computes every token, for who watches the layers
+        self.has_scored = False
 
     @torch.inference_mode()
     def encode_images(self, vision: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -38,9 +40,12 @@ class Runner:
         self, batch: Batch, image_embeds: Sequence[torch.Tensor] = (), new_memories: Sequence[torch.Tensor] = ()
     ) -> list[Scores]:
         """As forward(), but only what batch.candidates asks for of each of the batch.logits_rows."""
+        if self.has_scored:  # the first token is out: nothing waits for it any more
+            self.kernels.settle()
         hidden = self.hidden(batch, image_embeds, new_memories)
         if not batch.logits_rows:
             return []
+        self.has_scored = True
         counts = batch.candidates or [0] * len(batch.logits_rows)
         head, local = self.model.lm_head, self.model.lm_head.local(hidden)
         if min(counts) == 0:

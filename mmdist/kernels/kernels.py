@@ -23,6 +23,14 @@ class Kernels:
         """A weight (out, in) made ready, which then holds its own copy; None where it is best as it is."""
         return PackedLinear(weight) if packed.can_pack(weight) else None
 
+    def linear_over_blocks(self, blocks: torch.Tensor) -> Linear | None:
+        """A bfloat16 weight (out, in) that lies in a file in blocks (mmdist.blocks), used there until settle(); None
+        where these kernels read another order."""
+        return None
+
+    def settle(self) -> None:
+        """Begin to move what is used in files to memory that is faster; the numbers stay the same."""
+
     def quantized_linear(self, weight: Quantized) -> Linear:
         return quantized_linear(weight)
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import mmap
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_long, c_void_p
 
 import torch
-import torch.nn.functional as F
 
+from mmdist.blocks import COLUMNS, ROWS
 from mmdist.kernels.kernels import Kernels
 from mmdist.kernels.linear import Linear
+from mmdist.kernels.native_linear import BF16, BITS, INT4, INT8, Mover, NativeLinear, huge_pages, round_up
 from mmdist.kernels.native_paged import NativePagedAttention
 from mmdist.kernels.pages import Int8Pages, Pages
 from mmdist.native.build import Native, load_library
 from mmdist.quant import Quantized
 
-# As linear.c numbers and lays them out.
-BF16, INT8, INT4 = range(3)
-BITS = {BF16: 16, INT8: 8, INT4: 4}
-ROWS, COLUMNS = 32, 8
 BFLOAT16 = torch.bfloat16
 MAX_HEAD_DIM = 256  # of flash.c
 
@@ -55,15 +51,25 @@ class NativeKernels(Kernels):
         self._gated_silu = native.declare("mmdist_gated_silu", None, c_void_p, c_void_p, c_long, c_long)
         self._top_k = native.declare("mmdist_top_k", None, c_void_p, *[c_long] * 4, c_void_p, c_void_p)
         self._native = native
+        self._mover = Mover()
 
     def linear(self, weight: torch.Tensor) -> Linear | None:
-        return NativeLinear(self, BF16, weight)
+        return NativeLinear(self._linear, BF16, self.pack(BF16, weight), weight.shape)
+
+    def linear_over_blocks(self, blocks: torch.Tensor) -> Linear | None:
+        linear = NativeLinear(self._linear, BF16, blocks, blocks.shape)
+        self._mover.waiting.append(linear)
+        return linear
+
+    def settle(self) -> None:
+        self._mover.start()
 
     def quantized_linear(self, weight: Quantized) -> Linear:
         columns, groups = weight.q.shape[1], weight.scale.shape[1]
         if weight.offset is not None or (groups > 1 and columns // groups % COLUMNS):
             return super().quantized_linear(weight)
-        return NativeLinear(self, INT8 if weight.bits == 8 else INT4, weight.q, weight.scale)
+        kind = INT8 if weight.bits == 8 else INT4
+        return NativeLinear(self._linear, kind, self.pack(kind, weight.q), weight.q.shape, weight.scale)
 
     def attention(
         self,
@@ -142,46 +148,6 @@ class NativeKernels(Kernels):
         return packed
 
 
-class NativeLinear:
-    def __init__(self, kernels: NativeKernels, kind: int, weight: torch.Tensor, scale: torch.Tensor | None = None):
-        """weight: (out, in); scale: (out, groups) for integers."""
-        self.run, self.kind, (self.out, self.columns) = kernels._linear, kind, weight.shape
-        self.weight = kernels.pack(kind, weight)
-        self.scales = None if scale is None else blocked(scale)
-        self.groups = 1 if scale is None else scale.shape[1]
-        self.addresses = self.weight.data_ptr(), 0 if self.scales is None else self.scales.data_ptr()
-
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        missing = -self.columns % COLUMNS
-        x = F.pad(x, (0, missing)) if missing else x.contiguous()
-        y = x.new_empty(*x.shape[:-1], self.out)
-        bias_address = 0 if bias is None else bias.data_ptr()
-        rows = y.numel() // self.out
-        self.run(
-            self.kind, *self.addresses, self.groups, bias_address, x.data_ptr(), y.data_ptr(), rows, self.out,
-            self.columns + missing,
-        )  # fmt: skip
-        return y
-
-
 def is_rows(x: torch.Tensor) -> bool:
     """True where the last two dimensions of (batch, tokens, heads, head_dim) lie end to end."""
     return x.stride(3) == 1 and x.stride(2) == x.shape[3]
-
-
-def blocked(scale: torch.Tensor) -> torch.Tensor:
-    """(out, groups) -> float32 (blocks, groups, ROWS)"""
-    filled = F.pad(scale.float(), (0, 0, 0, -len(scale) % ROWS))
-    return filled.unflatten(0, (-1, ROWS)).transpose(1, 2).contiguous()
-
-
-def huge_pages(size: int) -> torch.Tensor:
-    """Zeros, uint8 (size,), in few large pages where the system has them: the stream of weights then runs faster."""
-    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared ones stay small
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-def round_up(count: int, step: int) -> int:
-    return -(-count // step) * step

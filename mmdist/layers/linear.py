@@ -54,7 +54,7 @@ class ParallelWeight(nn.Module):
     def shards(self) -> dict[str, Shard]:
         if self.format is not None:
             return self.format.shards(self.cut_dim, self.pieces)
-        return {"weight": Shard(self.cut_dim, self.pieces)}
+        return {"weight": Shard(self.cut_dim, self.pieces, packs=True)}
 
     def bytes_once_ready(self) -> int:
         names = () if self.format is None else self.format.names
@@ -65,8 +65,16 @@ class ParallelWeight(nn.Module):
             return others - self.weight.nbytes + self.scheme.num_bytes(*self.weight.shape)
         return others
 
+    def take_blocks(self, blocks: torch.Tensor, kernels: Kernels) -> bool:
+        """Use the weight where it lies packed; False where it is to be loaded."""
+        if self.scheme is None and (blocks.shape, blocks.dtype) == (self.weight.shape, self.weight.dtype):
+            self.linear = kernels.linear_over_blocks(blocks)
+        return self.linear is not None
+
     def after_load(self, kernels: Kernels) -> None:
         """Where the kernels have a form of their own, the loaded tensors' memory goes and their shapes stay."""
+        if self.linear is not None:  # from take_blocks()
+            return
         if self.format is not None:
             stored = {name: getattr(self, name) for name in self.format.names}
             self.linear = kernels.quantized_linear(self.format.read(stored))
