@@ -17,7 +17,7 @@ enum {
     SOME = 16,
     TILE = 4,                /* query heads at once */
     WIDE = VL == 16 ? 4 : 2, /* vectors of a value at once */
-    SMALL = 1 << 15,         /* multiplications that one thread does before others have woken up */
+    SMALL = 1 << 18,         /* multiplications that one thread does before others have woken up */
     ITEMS = 16,              /* enough for many threads */
 };
 

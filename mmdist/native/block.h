@@ -12,7 +12,7 @@ enum { MOST = 3 };
 #else
 enum { MOST = 2 };
 #endif
-enum { ROWS = 32, COLUMNS = 8, VECTORS = ROWS / VL, AHEAD = 2048 };
+enum { ROWS = 32, COLUMNS = 8, VECTORS = ROWS / VL, AHEAD = 16384};
 
 typedef enum { BF16, INT8, INT4 } Kind; /* as mmdist/kernels/native.py numbers them */
 static const int PAIRS_IN_WORD[] = {1, 2, 4};

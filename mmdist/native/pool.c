@@ -12,7 +12,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { MAX_THREADS = 256, SPINS = 2000, WAIT_SPINS = 4000 };
+enum { MAX_THREADS = 256, SPINS = 8000, WAIT_SPINS = 4000 };
 
 /* Items first .. last - 1 that are left, in one word so that both ends move at once. */
 typedef struct {
