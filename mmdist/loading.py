@@ -56,6 +56,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, plan: Plan, tp: TP, k
             finish(modules.pop(module_of(name)), kernels)
     for module in modules.values():
         finish(module, kernels)
+    checkpoint.all_read()
     return bytes_read
 
 

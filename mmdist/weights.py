@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import logging
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -17,12 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mmdist.blocks import from_stored
+from mmdist.checked import CheckedFile
 from mmdist.config import UserError
 from mmdist.manifest import MANIFEST, PART_FILES, Part, load_manifest, part_file
 from mmdist.plan import Placement, Plan
 from mmdist.rank_file import DTYPES, RankFile
 from mmdist.tp import TP
 
+log = logging.getLogger("mmdist.load")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 QUANT_STEM = (
@@ -111,6 +114,9 @@ class Checkpoint:
     def hash_ahead(self, threads: int) -> None:
         """Begin to check what will be read, where there are hashes to check it against."""
 
+    def all_read(self) -> None:
+        """Call it when all that this rank holds was read, and so checked."""
+
     def read(self, placement: Placement, tp: TP) -> torch.Tensor:
         """This rank's part of the stored tensor, without padding.
 
@@ -140,7 +146,8 @@ class Checkpoint:
 
 
 class SplitCheckpoint(Checkpoint):
-    """One rank's part of a folder written by `weights_tools split`; every part is checked against its hash."""
+    """One rank's part of a folder written by `weights_tools split`; every part is checked against its hash, once for
+    each version of the file where hash_ahead() is called (mmdist.checked)."""
 
     def __init__(self, folder: Path, renames: Renames, tp: TP):
         self.manifest = load_manifest(folder)
@@ -160,11 +167,22 @@ class SplitCheckpoint(Checkpoint):
         for rank in range(tp.size):
             if not (folder / part_file(rank, tp.size)).exists():
                 raise UserError(f"{folder / part_file(rank, tp.size)}: missing; run weights_tools split again")
+        self.version = CheckedFile(self.path, folder / MANIFEST)
         with open_safetensors(self.path):  # it is whole
             self.file = RankFile(self.path)
+        self.is_checked = False
 
     def hash_ahead(self, threads: int) -> None:
-        self.file.hash_ahead(threads)
+        """Nothing to do where this very file was checked before."""
+        self.is_checked = self.version.was_checked()
+        if self.is_checked:
+            log.info("%s: checked before; weights_tools verify hashes it again", self.path)
+        else:
+            self.file.hash_ahead(threads)
+
+    def all_read(self) -> None:
+        if not self.is_checked:
+            self.version.remember()
 
     def check(self, plan: Plan, arch: str) -> None:
         super().check(plan, arch)
@@ -196,7 +214,7 @@ class SplitCheckpoint(Checkpoint):
                 f"{self.path}: {entry.name} is {tensor.dtype} {list(tensor.shape)}, rows {part.ranges}; expected "
                 f"{entry.dtype} {list(wanted)}, rows {placement.ranges(tp)}; run weights_tools split again"
             )
-        if self.file.sha256(entry.name) != part.sha256:
+        if not self.is_checked and self.file.sha256(entry.name) != part.sha256:
             raise UserError(
                 f"{self.path}: {entry.name} is damaged (its sha256 is not the manifest's); copy or split again"
             )

@@ -21,7 +21,7 @@ FLOORS = (
     ("mmdist.plan", "mmdist.manifest"),
     ("mmdist.quant",),
     ("mmdist.kernels", "mmdist.quant_files"),
-    ("mmdist.rank_file",),
+    ("mmdist.rank_file", "mmdist.checked"),
     ("mmdist.weights",),
     ("mmdist.loading",),
     ("mmdist.layers",),
