@@ -134,15 +134,21 @@ def guard_rank(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except UserError as error:
-        get_error_handler().record_exception(error)
+        record(error)
         if "MMDIST_AGENT" not in os.environ:  # our agent shows it, torchrun would bury it
             print(f"error: {error}" if rank == 0 else f"error: rank {rank}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except Exception as error:
-        get_error_handler().record_exception(error)
+        record(error)
         if "MMDIST_AGENT" not in os.environ:
             traceback.print_exc()
         return EXIT_FAILED
+
+
+def record(error: Exception) -> None:
+    """Leave the error where the agent looks; one that is stopping all ranks meanwhile would find half a file."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    get_error_handler().record_exception(error)
 
 
 def die_with_parent() -> None:

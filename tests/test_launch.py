@@ -176,6 +176,31 @@ def test_sweep_runs_one_job_a_point(tmp_path: Path) -> None:
     assert not (tmp_path / "outputs").exists()
 
 
+def ignores(pid: int, number: signal.Signals) -> bool:
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigIgn"))
+    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+
+
+def test_a_rank_that_is_stopped_leaves_its_error_whole(tmp_path: Path) -> None:
+    """SIGTERM while it writes: a pipe holds it there until someone reads."""
+    pipe = tmp_path / "error.json"
+    os.mkfifo(pipe)
+    environment = {**os.environ, "RANK": "0", "MMDIST_AGENT": "1", "TORCHELASTIC_ERROR_FILE": str(pipe)}
+    code = "from mmdist.launch import become_rank; become_rank(lambda: 1 / 0)"
+    rank = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=REPOSITORY)
+    try:
+        deadline = time.monotonic() + 60
+        while not ignores(rank.pid, signal.SIGTERM):
+            assert time.monotonic() < deadline, "SIGTERM would end it"
+            time.sleep(0.05)
+        rank.terminate()
+        assert "ZeroDivisionError" in json.loads(pipe.read_text())["message"]["message"]
+        assert rank.wait(60) == 1
+    finally:
+        rank.kill()
+        rank.wait()
+
+
 def test_split_folder_loads_directly(tmp_path: Path) -> None:
     split = [sys.executable, "-m", "weights_tools", "split", str(MISTRAL / "checkpoint"), "--ranks", "2"]
     made = subprocess.run([*split, "--dst", str(tmp_path / "tp2")], cwd=REPOSITORY, capture_output=True, text=True)

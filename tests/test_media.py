@@ -80,7 +80,7 @@ def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
 
 def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_video(tmp_path / "film.mkv", 2)
-    monkeypatch.setattr(media, "av", None)
+    monkeypatch.setattr(media, "HAS_AV", False)
     with pytest.raises(UserError, match=r"pip install 'mmdist\[video\]'"):
         load_video(tmp_path / "film.mkv", 8)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mmdist.blocks import BLOCKS, ROWS, fill_blocks, from_stored, to_stored
 from mmdist.config import QuantConfig, SamplingParams, UserError
 from mmdist.engine.engine import Engine
 from mmdist.engine.load import load_engine
+from mmdist.kernels import native_linear
 from mmdist.kernels.native import BF16, NativeKernels
 from mmdist.kernels.native_linear import NativeLinear
 from mmdist.manifest import load_manifest, part_file, save_manifest
@@ -164,6 +166,46 @@ def test_weights_stay_in_the_file_until_the_first_token_is_out(folders: dict) ->
     thread.join()
     assert not in_files(engine, str(folder)) and torch.equal(lying[0](x, None), before)
     assert str(folder / part_file(0, 1)) in Path("/proc/self/maps").read_text(), "norms stay where they are"
+
+
+def test_without_memory_weights_stay_in_the_file(
+    kernels: NativeKernels, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    weight, x = torch.randn(64, 16).bfloat16(), torch.randn(2, 16).bfloat16()
+    linear = kernels.linear_over_blocks(to_stored(weight, BLOCKS))
+    plain = kernels.linear(weight)
+    assert linear is not None and plain is not None
+
+    def refuse(size: int) -> torch.Tensor:
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patched, caplog.at_level("WARNING"):
+        patched.setattr(native_linear, "huge_pages", refuse)
+        kernels.settle()
+        assert kernels._mover.thread is not None
+        kernels._mover.thread.join()
+    assert "used in their file from now on" in caplog.text and "Cannot allocate memory" in caplog.text
+    assert torch.equal(linear(x, None), plain(x, None))
+
+
+def test_a_product_that_runs_keeps_its_memory(kernels: NativeKernels) -> None:
+    """While its weight is moved again and again, the numbers stay the same."""
+    weight, x = torch.randn(512, 1024).bfloat16(), torch.randn(3, 1024).bfloat16()
+    linear = kernels.linear_over_blocks(to_stored(weight, BLOCKS))
+    assert isinstance(linear, NativeLinear)
+    want, stop = linear(x, None), threading.Event()
+
+    def move() -> None:
+        while not stop.is_set():
+            linear.move()
+
+    thread = threading.Thread(target=move)
+    thread.start()
+    try:
+        assert all(torch.equal(linear(x, None), want) for _ in range(200))
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_flipped_byte_is_named(bf16: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
 import os
 from collections import deque
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 
 from mmdist.blocks import COLUMNS, ROWS
 
+log = logging.getLogger("mmdist.kernels")
 # As linear.c numbers them.
 BF16, INT8, INT4 = range(3)
 BITS = {BF16: 16, INT8: 8, INT4: 4}
@@ -77,8 +79,11 @@ class Mover:
     def _move_all(self) -> None:
         if hasattr(os, "PRIO_PROCESS") and os.name == "posix":
             os.setpriority(os.PRIO_PROCESS, get_native_id(), NICE)  # Linux: of this thread alone
-        while self.waiting:
-            self.waiting.popleft().move()
+        try:
+            while self.waiting:
+                self.waiting.popleft().move()
+        except OSError as error:  # no memory: it works where it is
+            log.warning("weights are used in their file from now on, which is slower: %s", error)
 
 
 def blocked(scale: torch.Tensor) -> torch.Tensor:

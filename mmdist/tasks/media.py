@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mmdist.config import UserError
 
-try:
-    import av  # the extra `video`
-except ImportError:
-    av = None  # type: ignore[assignment]
-
+HAS_AV = find_spec("av") is not None  # the extra `video`; loaded when used, as few jobs need it
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 
@@ -68,8 +66,9 @@ def read_array(path: Path, num_frames: int) -> list[Image.Image]:
 
 def decode(path: Path, num_frames: int) -> list[Image.Image]:
     """Two passes over the file: headers may not say how many frames there are, or say it wrong."""
-    if av is None:
+    if not HAS_AV:
         raise UserError(f"{path}: reading videos takes PyAV: pip install 'mmdist[video]', or give frames as .npy")
+    av = import_module("av")
     try:
         with av.open(str(path)) as container:
             total = sum(1 for _ in container.decode(video=0))
