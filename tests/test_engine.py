@@ -120,6 +120,21 @@ def test_sliding_window(mistral: Case, tmp_path: Any) -> None:
     assert ours != mistral.reference()["panorama/greedy_ids"].ravel().tolist()[:8]
 
 
+@pytest.mark.parametrize("keeps_all", (False, True))
+def test_last_layer_computes_what_is_asked_for(mistral: Case, keeps_all: bool) -> None:
+    def work(engine: Engine) -> tuple[int, list[tuple[int, int]]]:
+        engine.runner.keeps_all = keeps_all
+        seen: list[list[int]] = [[], []]
+        for rows, layer in zip(seen, (engine.model.decoder.layers[0], engine.model.decoder.layers[-1]), strict=True):
+            layer.mlp.register_forward_pre_hook(lambda module, args, rows=rows: rows.append(len(args[0])))
+        request = mistral.request(engine, "panorama", max_new_tokens=2)
+        answers(engine, [request])
+        return len(request.prompt.token_ids), list(zip(*seen, strict=True))
+
+    length, steps = run_engine(1, config_for(mistral.checkpoint), work)
+    assert steps == [(length, length if keeps_all else 1), (1, 1)]
+
+
 def test_stop_text_ends_the_answer(mistral: Case) -> None:
     def work(engine: Engine) -> Any:
         return answers(

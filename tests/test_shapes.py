@@ -33,15 +33,20 @@ def write_questions(family: str, folder: Path) -> dict[str, str]:
     return {line["id"]: line["answer"] for line in expected}
 
 
+def ask(engine: Engine, folder: Path) -> dict[str, Any]:
+    """What write_questions wrote, answered: by id."""
+    params = SamplingParams(max_new_tokens=40)
+    entries = read_requests(folder / "requests.jsonl")
+    return answers(engine, [build_request(entry, engine.prompts, params, folder) for entry in entries])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_right_and_the_same_at_every_world_size(family: str, tmp_path: Path) -> None:
     expected = write_questions(family, tmp_path)
     checkpoint = convert(family, SHAPES[family], ()) if family in list_layouts() else SHAPES[family]
-    params = SamplingParams(max_new_tokens=40)
 
     def work(engine: Engine) -> Any:
-        entries = read_requests(tmp_path / "requests.jsonl")
-        outputs = answers(engine, [build_request(entry, engine.prompts, params, tmp_path) for entry in entries])
+        outputs = ask(engine, tmp_path)
         assert not [output.error for output in outputs.values() if output.error is not None]
         return {item_id: output.text.strip() for item_id, output in outputs.items()}
 
@@ -60,12 +65,9 @@ def test_native_kernels_answer_as_plain_torch_does(family: str, kv_cache_dtype: 
     """In bfloat16; where roundings decide, one answer in forty may differ."""
     expected = write_questions(family, tmp_path)
     checkpoint = convert(family, SHAPES[family], ()) if family in list_layouts() else SHAPES[family]
-    params = SamplingParams(max_new_tokens=40)
 
     def work(engine: Engine) -> Any:
-        entries = read_requests(tmp_path / "requests.jsonl")
-        outputs = answers(engine, [build_request(entry, engine.prompts, params, tmp_path) for entry in entries])
-        return {item_id: output.token_ids for item_id, output in outputs.items()}
+        return {item_id: output.token_ids for item_id, output in ask(engine, tmp_path).items()}
 
     found = {}
     for kernels in ("auto", "plain"):
