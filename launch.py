@@ -21,8 +21,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mmdist.config import EXIT_INTERRUPTED, EXIT_USER_ERROR, FREE_TEXT_KEYS, REPOSITORY, TASKS, Config, UserError
+from mmdist.config import EXIT_INTERRUPTED, EXIT_USER_ERROR, FREE_TEXT_KEYS, REPOSITORY, Config, UserError
 from mmdist.launch import become_rank, is_rank, leave, run_rank, start
+from mmdist.task_config import TASKS
 from mmdist.usage import all_keys, usage
 from weights_tools.convert import convert_demo
 

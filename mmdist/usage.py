@@ -7,7 +7,8 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from mmdist.config import SAMPLING_KEYS, TASKS, Config, SamplingParams
+from mmdist.config import SAMPLING_KEYS, Config, SamplingParams
+from mmdist.task_config import TASKS
 
 EXAMPLES = """\
 Examples

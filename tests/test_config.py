@@ -16,7 +16,8 @@ from conftest import Case
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import launch
-from mmdist.config import FREE_TEXT_KEYS, TASKS, SamplingParams, UserError
+from mmdist.config import FREE_TEXT_KEYS, SamplingParams, UserError
+from mmdist.task_config import TASKS
 from mmdist.usage import all_keys
 
 TEXTS = [

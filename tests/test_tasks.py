@@ -14,9 +14,10 @@ from conftest import CPU, Case, config_for
 from PIL import Image
 
 import launch
-from mmdist.config import KERNELS, GenerateConfig, ModelConfig, SamplingParams, UserError
+from mmdist.config import KERNELS, ModelConfig, SamplingParams, UserError
 from mmdist.engine.load import load_engine, open_model
 from mmdist.engine.memory import rank_memory
+from mmdist.task_config import GenerateConfig
 from mmdist.tasks import chat, generate
 from mmdist.tp import TP
 

@@ -15,9 +15,10 @@ from conftest import CPU, config_for, convert, run_engine
 from test_tasks import main, write
 from vlmo_cases import SIZES, config, golden, inputs, plain
 
-from mmdist.config import REPOSITORY, GenerateConfig, UserError
+from mmdist.config import REPOSITORY, UserError
 from mmdist.engine.load import load_engine, open_model
 from mmdist.engine.memory import rank_memory
+from mmdist.task_config import GenerateConfig
 from mmdist.tasks import generate
 from mmdist.tp import TP
 

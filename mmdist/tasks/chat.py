@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmdist.config import EXIT_INTERRUPTED, REPOSITORY, SAMPLING_KEYS, ChatConfig, SamplingParams, UserError
+from mmdist.config import EXIT_INTERRUPTED, REPOSITORY, SAMPLING_KEYS, SamplingParams, UserError
 from mmdist.engine.load import AnyEngine
 from mmdist.engine.request import Request
+from mmdist.task_config import ChatConfig
 from mmdist.tasks.media import load_image, load_video
 from mmdist.tasks.requests import check_takes_video, user_message
 

@@ -20,9 +20,10 @@ from packaging.requirements import Requirement
 
 from mmdist.backend import GIB, count_devices, find_device, threads_per_rank
 from mmdist.collectives.shm import NoShm, probe_shm
-from mmdist.config import EXIT_FAILED, DoctorConfig, HardwareConfig, UserError
+from mmdist.config import EXIT_FAILED, HardwareConfig, UserError
 from mmdist.cores import count_cores, numa_nodes
 from mmdist.native.build import BuildError, cache_folder, find_toolchain, open_level
+from mmdist.task_config import DoctorConfig
 
 ON_RANKS = False
 CGROUP = Path("/sys/fs/cgroup")

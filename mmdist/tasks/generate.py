@@ -14,9 +14,10 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from mmdist.config import GenerateConfig, UserError
+from mmdist.config import UserError
 from mmdist.engine.load import AnyEngine
 from mmdist.engine.request import Request, failed
+from mmdist.task_config import GenerateConfig
 from mmdist.tasks import retrieval
 from mmdist.tasks.requests import build_request, read_folder, read_requests
 

@@ -8,11 +8,12 @@ from dataclasses import asdict
 from typing import Any
 
 from mmdist.backend import GIB, find_device, memory_per_rank
-from mmdist.config import PlanConfig, UserError
+from mmdist.config import UserError
 from mmdist.engine.load import asked_world_size, find_checkpoint, open_model
 from mmdist.engine.memory import RankMemory, rank_memory
 from mmdist.models.family import check_world_size, find_model, legal_world_sizes, load_model_config
 from mmdist.native.build import describe_kernels
+from mmdist.task_config import PlanConfig
 from mmdist.tp import TP
 
 ON_RANKS = False

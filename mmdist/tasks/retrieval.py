@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mmdist.config import GenerateConfig, UserError
+from mmdist.config import UserError
 from mmdist.engine.encoder import EncoderEngine
 from mmdist.engine.load import AnyEngine
 from mmdist.models.base import EncoderModel, Prompt
 from mmdist.models.family import find_model
+from mmdist.task_config import GenerateConfig
 from mmdist.tasks.media import PICTURE_SUFFIXES, find_file, load_image
 
 log = logging.getLogger("mmdist.retrieval")
