@@ -149,10 +149,20 @@ def lock_port(port: int) -> IO | None:
     lock = (Path(tempfile.gettempdir()) / f"mmdist-{os.getuid()}-port-{port}.lock").open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("", port))
     except OSError:
         lock.close()
         return None
-    return lock
+    if is_port_free(port):
+        return lock
+    lock.close()
+    return None
+
+
+def is_port_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True

@@ -18,7 +18,7 @@ FLOORS = (
     ("mmdist.task_config",),
     ("mmdist.native", "mmdist.cores"),
     ("mmdist.collectives",),
-    ("mmdist.backend", "mmdist.tp", "mmdist.blocks"),
+    ("mmdist.backend", "mmdist.tp", "mmdist.blocks", "mmdist.agent"),
     ("mmdist.plan", "mmdist.manifest"),
     ("mmdist.quant",),
     ("mmdist.kernels", "mmdist.quant_files"),
@@ -28,8 +28,9 @@ FLOORS = (
     ("mmdist.layers",),
     ("mmdist.models",),
     ("mmdist.engine",),
+    ("mmdist.doctor",),
     ("mmdist.tasks",),
-    ("mmdist.launch", "mmdist.agent", "mmdist.usage", "weights_tools"),
+    ("mmdist.launch", "mmdist.usage", "weights_tools"),
     ("launch",),
 )
 FILES = [REPOSITORY / "launch.py", *REPOSITORY.glob("mmdist/**/*.py"), *REPOSITORY.glob("weights_tools/**/*.py")]
