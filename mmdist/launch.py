@@ -10,9 +10,12 @@ import ctypes
 import logging
 import os
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import NoReturn
@@ -48,12 +51,38 @@ def start(config: Config, command: list[str]) -> int:
     task = load_task(config.task)
     task.check(config)
     if not task.ON_RANKS:
-        return task.run(config)
+        return task.run(config, JobRunner(command)) if starts_jobs(task) else task.run(config)
     size = find_world_size(config)
     if size == 1:
         return run_rank(config)
     threads = threads_per_rank(config.hardware, size)
     return run_agent([*command, f"world_size={size}"], size, config.launcher, threads)
+
+
+def starts_jobs(task: ModuleType) -> bool:
+    return getattr(task, "STARTS_JOBS", False)
+
+
+class JobRunner:
+    """Runs jobs from a job that has no ranks itself: its own words on the command line, some of them replaced."""
+
+    def __init__(self, command: list[str]):
+        self.program, self.words = command[:2], command[2:]
+
+    def __call__(self, legal: type[Config], **replaced: object) -> int:
+        """The exit code. legal: the job's own config, whose keys are kept; a value of None leaves a key out."""
+        names = {f.name for f in fields(legal)}
+        kept = [word for word in self.words if key_of(word) in names - replaced.keys()]
+        added = [f"{name}={value}" for name, value in replaced.items() if value is not None]
+        libc = ctypes.CDLL(None)  # looked up before the fork, after which little is safe
+        watch = partial(libc.prctl, PR_SET_PDEATHSIG, signal.SIGTERM) if sys.platform == "linux" else None
+        with subprocess.Popen([*self.program, *kept, *added], preexec_fn=watch) as job:
+            return job.wait()
+
+
+def key_of(word: str) -> str:
+    """The key or group that KEY=VALUE, or GROUP.KEY=VALUE, is about."""
+    return word.partition("=")[0].partition(".")[0].lstrip("+~")
 
 
 def find_world_size(config: Config) -> int:
@@ -75,6 +104,10 @@ def run_rank(config: Config) -> int:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     init_log(rank, size)
     task = load_task(config.task)
+    if not task.ON_RANKS:
+        raise UserError(
+            f"task={config.task} is no job of ranks: python launch.py task={config.task} ..., without torchrun"
+        )
     task.check(config)
     if config.world_size not in ("auto", size):
         raise UserError(f"world_size={config.world_size}, but torchrun started {size} ranks; leave world_size= out")

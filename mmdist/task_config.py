@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mmdist.config import Config, SamplingParams, key, require
+from mmdist.config import DTYPES, Config, SamplingParams, key, require
+
+RECORDS = ("none", "logits", "layers")
 
 
 @dataclass
@@ -42,11 +44,19 @@ class GenerateConfig(VideoConfig, SamplingParams, Config):
         None, "pictures to compare with texts=, instead of input=: a folder, or a file of paths (model=vlmo)"
     )
     texts: str | None = key(None, "texts to compare with images=: a file, one text a line")
+    record: str = key(
+        "none",
+        "logits or layers: keep these numbers too, in a folder OUTPUT.record, for task=precision "
+        "(logprobs=20 then, unless given)",
+    )
 
     def __post_init__(self) -> None:
         Config.__post_init__(self)
         SamplingParams.__post_init__(self)
         self.check_video()
+        require(self.record in RECORDS, "record", self.record, "|".join(RECORDS))
+        if self.record != "none" and self.logprobs is None:
+            self.logprobs = 20
         if self.images is None and self.texts is None:
             require(self.input is not None, "input", None, "a requests.jsonl or a folder of pictures: input=FILE")
             return
@@ -54,6 +64,43 @@ class GenerateConfig(VideoConfig, SamplingParams, Config):
         require(self.texts is not None, "texts", None, "a file of texts, one a line, with images=")
         require(self.input is None, "input", self.input, "nothing beside images= and texts=")
         require(self.prompt is None, "prompt", self.prompt, "nothing beside images= and texts=")
+        require(
+            self.record == "none", "record", self.record, "none with images= and texts=, whose file has all numbers"
+        )
+
+
+@dataclass
+class PrecisionConfig(VideoConfig, SamplingParams, Config):
+    data: str | None = key(
+        None, "what both sides answer: a file of requests, or a folder of pictures (then with prompt=)"
+    )
+    prompt: str | None = key(None, "the question asked about every picture of a folder")
+    images: str | None = key(None, "instead of data=, pictures to compare with texts= (model=vlmo for retrieval)")
+    texts: str | None = key(None, "texts to compare with images=: a file, one text a line")
+    reference: str = key(
+        "world_size_1",
+        "world_size_1 (this engine on one rank), transformers, a file that task=generate logprobs=20 wrote, or the "
+        "folder of another checkpoint",
+    )
+    answers: str | None = key(None, "a file of answers to check, instead of asking this engine")
+    reference_dtype: str | None = key(None, "dtype= of a reference that is computed; default: dtype=")
+    layers: bool = key(False, "compare every layer's output too, and name the first that drifts")
+    max_logit_error: float = key(1e-3, "threshold: largest difference of a logit (or, of saved files, log probability)")
+    max_rms_error: float = key(1e-4, "threshold: root of the mean squared difference of the logits")
+    max_kl: float = key(1e-6, "threshold: largest KL(reference || ours) of a position, in nats")
+    min_token_agreement: float = key(1.0, "threshold: share of tokens before the first divergence; near ties apart")
+    max_layer_error: float = key(1e-4, "with layers=true, where a layer drifts: RMS of the difference over RMS")
+
+    def __post_init__(self) -> None:
+        Config.__post_init__(self)
+        SamplingParams.__post_init__(self)
+        self.check_video()
+        require(self.temperature == 0, "temperature", self.temperature, "0: only greedy answers can be compared")
+        dtype = self.reference_dtype
+        require(dtype is None or dtype in DTYPES, "reference_dtype", dtype, "|".join(DTYPES))
+        require(0 <= self.min_token_agreement <= 1, "min_token_agreement", self.min_token_agreement, "0 to 1")
+        for name in ("max_logit_error", "max_rms_error", "max_kl", "max_layer_error"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or above")
 
 
 @dataclass
@@ -79,6 +126,7 @@ class DoctorConfig(TableConfig):
 TASKS: dict[str, type[Config]] = {
     "chat": ChatConfig,
     "generate": GenerateConfig,
+    "precision": PrecisionConfig,
     "plan": PlanConfig,
     "doctor": DoctorConfig,
 }

@@ -193,7 +193,7 @@ def test_help_names_every_key_and_group(monkeypatch: Any, capsys: Any) -> None:
 
 def test_every_free_text_key_exists() -> None:
     assert set(FREE_TEXT_KEYS) <= set(all_keys())
-    assert set(TASKS) == {"chat", "generate", "plan", "doctor"}
+    assert set(TASKS) == {"chat", "generate", "precision", "plan", "doctor"}
 
 
 def test_sampling_params_accept_one_stop_text() -> None:

@@ -28,7 +28,7 @@ FLOORS = (
     ("mmdist.layers",),
     ("mmdist.models",),
     ("mmdist.engine",),
-    ("mmdist.doctor",),
+    ("mmdist.doctor", "mmdist.precision"),
     ("mmdist.tasks",),
     ("mmdist.launch", "mmdist.usage", "weights_tools"),
     ("launch",),

@@ -15,6 +15,7 @@ import torch
 
 from mmdist.backend import Backend
 from mmdist.config import EngineConfig, UserError
+from mmdist.engine.record import Recorder
 from mmdist.engine.request import Output, Request, failed
 from mmdist.models.base import EncoderModel, Processor, Prompt
 from mmdist.tp import TP
@@ -56,6 +57,7 @@ class EncoderEngine:
     ):
         self.model, self.tp, self.processor, self.device = model, tp, processor, backend.device
         self.max_num_seqs = config.max_num_seqs
+        self.recorder: Recorder | None = None
 
     @property
     def prompts(self) -> Processor:
@@ -79,6 +81,8 @@ class EncoderEngine:
                 yield failed(request.id, request.prompt.token_ids, str(error))
         for kind, group in by_kind.items():
             scores = self.encode([request.prompt for request in group], kind)
+            if self.recorder is not None:
+                self.recorder.take_batch([request.id for request in group], scores)
             for request, row in zip(group, scores, strict=True):
                 yield self._choose(request, row)
 

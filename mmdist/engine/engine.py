@@ -14,6 +14,7 @@ from mmdist.engine.batch import Batch, Scheduled, build_batch, image_embeds, tak
 from mmdist.engine.blocks import BlockManager
 from mmdist.engine.cache import PagedCache, cache_shape
 from mmdist.engine.detokenizer import Detokenizer
+from mmdist.engine.record import Recorder
 from mmdist.engine.request import Output, Request, Sequence, failed
 from mmdist.engine.runner import Runner
 from mmdist.engine.sampler import Scores, logprobs_entry, num_candidates, sample
@@ -42,6 +43,7 @@ class Engine:
         self.runner = Runner(model, PagedCache(shape, model.dtype, kernels), tp, kernels)
         self.scheduler = Scheduler(config, BlockManager(shape.num_blocks, shape.block_size))
         self.sequences: dict[str, Sequence] = {}
+        self.recorder: Recorder | None = None
 
     def add(self, request: Request) -> None:
         """Queue a request; UserError when it cannot fit or its id is taken."""
@@ -87,6 +89,8 @@ class Engine:
         memories = take_memories(scheduled, batch)
         self.tp.broadcast_object(batch)
         scores = self.runner.score(batch, image_embeds(scheduled), memories)
+        if self.recorder is not None:
+            self.recorder.take_step(scheduled, batch, scores)
         return self._finish_step(scheduled, scores)
 
     def follow(self) -> int:
@@ -127,6 +131,8 @@ class Engine:
         vision = sequence.request.prompt.vision
         if vision and sequence.image_embeds is None:
             sequence.image_embeds = self.runner.encode_images(vision)
+            if self.recorder is not None:
+                self.recorder.take_pictures(sequence.request.id)
 
     def _finish_step(self, scheduled: list[Scheduled], scores: list[Scores]) -> list[Output]:
         sampled = [item.sequence for item in scheduled if item.samples]

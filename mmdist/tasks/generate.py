@@ -14,8 +14,9 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from mmdist.config import UserError
+from mmdist.config import SAMPLING_KEYS, SamplingParams, UserError
 from mmdist.engine.load import AnyEngine
+from mmdist.engine.record import Recorder, list_stages, record_folder
 from mmdist.engine.request import Request, failed
 from mmdist.task_config import GenerateConfig
 from mmdist.tasks import retrieval
@@ -48,6 +49,8 @@ def run(config: GenerateConfig, engine: AnyEngine) -> int:
     path = Path(config.output) if config.output else Path(str(config.output_dir)) / "answers.jsonl"
     done = keep_answers(path)
     log.info("%d requests, %d of them answered already, answers in %s", len(entries), len(done), path)
+    if config.record != "none":
+        engine.recorder = Recorder(record_folder(path), list_stages(engine.model) if config.record == "layers" else {})
     with path.open("a") as file, tqdm(total=len(entries), unit="request", disable=not sys.stderr.isatty()) as bar:
         batch = Batch(engine, config, source if source.is_dir() else source.parent, file, bar)
         todo = [entry for entry in entries if str(entry["id"]) not in done]
@@ -89,11 +92,15 @@ class Batch:
     def __init__(self, engine: AnyEngine, config: GenerateConfig, folder: Path, file: IO[str], bar: tqdm):
         self.engine, self.config, self.folder, self.file, self.bar = engine, config, folder, file, bar
         self.num_failed = 0
+        self.settings: dict[str, dict[str, Any]] = {}
 
     def run(self, entries: list[dict[str, Any]]) -> None:
         for output in self.engine.generate(self.requests(entries)):
             if output.finish_reason is not None:
-                self.write(output.line())
+                if self.engine.recorder is not None:
+                    self.engine.recorder.save(output.id)
+                settings = self.settings.pop(output.id)
+                self.write(output.line() | ({} if output.logprobs is None else {"params": settings}))
 
     def requests(self, entries: list[dict[str, Any]]) -> Iterator[Request]:
         """Built as the engine asks for them, so that no more than a batch of pictures is in memory."""
@@ -104,12 +111,20 @@ class Batch:
                 if name in seen:
                     raise UserError(f"id {name} is given twice; ids must differ")
                 seen.add(name)
-                yield build_request(entry, self.engine.prompts, self.config, self.folder, self.config.video_frames)
+                request = build_request(entry, self.engine.prompts, self.config, self.folder, self.config.video_frames)
             except UserError as error:
                 self.write(failed(name, [], str(error)).line())
+                continue
+            self.settings[name] = settings_of(request.params)
+            yield request
 
     def write(self, line: dict[str, Any]) -> None:
         self.num_failed += "error" in line
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         self.bar.update()
+
+
+def settings_of(params: SamplingParams) -> dict[str, Any]:
+    """What an answer depends on: answers are compared with those of the same settings only."""
+    return {name: getattr(params, name) for name in SAMPLING_KEYS if name != "logprobs"}

@@ -36,11 +36,11 @@ def parse_line(line: str, number: int) -> dict[str, Any]:
     return entry
 
 
-def read_folder(folder: Path, prompt: str) -> Iterator[dict[str, Any]]:
+def read_folder(folder: Path, prompt: str, key: str = "input") -> Iterator[dict[str, Any]]:
     """One entry a picture, sorted by name, which is the id."""
     pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
     if not pictures:
-        raise UserError(f"input={folder}: no pictures in it ({', '.join(sorted(PICTURE_SUFFIXES))})")
+        raise UserError(f"{key}={folder}: no pictures in it ({', '.join(sorted(PICTURE_SUFFIXES))})")
     for path in pictures:
         yield {"id": path.name, "messages": [user_message(prompt, 1)], "images": [str(path.resolve())]}
 
