@@ -262,7 +262,7 @@ VIOLATIONS: dict[str, tuple[Chip, str, tuple[tuple, dict], str]] = {
     ),
     "GQA through PromptFA": (P, "npu_prompt_flash_attention", prompt(num_key_value_heads=2), "GQA"),
     "PromptFA lengths": (P, "npu_prompt_flash_attention", prompt(actual_seq_lengths=[4]), "actual_seq_lengths"),
-    "PromptFA sparse": (P, "npu_prompt_flash_attention", prompt(sparse_mode=3, atten_mask=tiny_mask()), "sparse_mode 3"),
+    "PromptFA sparse": (P, "npu_prompt_flash_attention", prompt(sparse_mode=3), "sparse_mode 3"),
     "PromptFA window": (P, "npu_prompt_flash_attention", prompt(next_tokens=5), "next_tokens 5"),
     "PromptFA head_dim": (P, "npu_prompt_flash_attention", prompt(88), "head_dim 88"),
     "float mask": (P, "npu_prompt_flash_attention", prompt(atten_mask=rand(4, 4)), "atten_mask is torch.float16"),

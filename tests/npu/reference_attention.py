@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 import torch
-
 from npu.chip import FRACTAL_NZ, HALVES, ND, TILE, Op, kernel
 
 Tensor = torch.Tensor

@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-
 from npu import reference_attention
 from npu.chip import FLOATS, FRACTAL_NZ, HALVES, KERNELS, ND, Chip, Kernel, Op, kernel
 
