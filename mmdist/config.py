@@ -11,9 +11,10 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES = ("auto", "cpu", "cuda", "npu")
+CHIPS = ("auto", "310p", "910b")
 COLLECTIVES = ("auto", "shm", "gloo")
-PINS = ("auto", "none")
+PINS = ("auto", "none", "card")
 KERNELS = ("auto", "plain", "portable", "avx2", "avx512", "avx512_bf16")
 KV_CACHE_DTYPES = ("auto", "int8")
 QUANT_SCHEMES = ("auto", "none", "w8a16", "w4a16")
@@ -73,7 +74,8 @@ class ModelConfig:
 
 @dataclass
 class HardwareConfig:
-    device: str = key("auto", "auto (accelerators if there are any), cpu or cuda")
+    device: str = key("auto", "auto (accelerators if there are any), cpu, cuda or npu")
+    chip: str = key("auto", "on an NPU: auto (ask it), 310p (300I DUO) or 910b (800I A2)")
     memory_gib: float | None = key(
         None, "memory of one accelerator, or of the whole host for cpu; default: asked from the machine"
     )
@@ -82,17 +84,22 @@ class HardwareConfig:
         None, "CPU threads of a rank; default: OMP_NUM_THREADS, else its share of the cores"
     )
     pin: str = key(
-        "auto", "on a CPU: auto (a rank keeps to its share of the cores, unless they were dealt out already) or none"
+        "auto",
+        "on a CPU: auto (a rank keeps to its share of the cores, unless they were dealt out already) or none; on an "
+        "NPU: card (only whole dual-chip cards)",
     )
     collectives: str = key(
         "auto", "on a CPU: shm (shared memory, for ranks of one machine), gloo, or auto (shm where it can be)"
     )
     kernels: str = key(
-        "auto", "on a CPU: auto (the best native ones), portable, avx2, avx512, avx512_bf16, or plain (torch)"
+        "auto",
+        "auto (the best there are: native ones on a CPU, the chip's plan on an NPU) or plain (torch's own); on a CPU "
+        "also portable, avx2, avx512, avx512_bf16",
     )
 
     def __post_init__(self) -> None:
         require(self.device in DEVICES, "hardware.device", self.device, "|".join(DEVICES))
+        require(self.chip in CHIPS, "hardware.chip", self.chip, "|".join(CHIPS))
         require(self.pin in PINS, "hardware.pin", self.pin, "|".join(PINS))
         require(self.collectives in COLLECTIVES, "hardware.collectives", self.collectives, "|".join(COLLECTIVES))
         require(self.kernels in KERNELS, "hardware.kernels", self.kernels, "|".join(KERNELS))
@@ -138,7 +145,7 @@ class EngineConfig:
     kv_cache_dtype: str = key(
         "auto", "auto (as the weights) or int8 (a scale for each token and head; half the memory, less exact)"
     )
-    block_size: int = key(16, "tokens in one block of the paged KV cache")
+    block_size: int | None = key(None, "tokens in one block of the paged KV cache; default: 16, on an NPU 128")
     num_blocks: int | None = key(
         None, "blocks of the KV cache; default: max_num_seqs times max_model_len; fewer means preemption"
     )

@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from mmdist.agent import run_agent
-from mmdist.backend import count_devices, find_device, init_backend, threads_per_rank
+from mmdist.ascend import check_dtype
+from mmdist.backend import check_visible, find_device, init_backend, planned_device, threads_per_rank
 from mmdist.config import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, Config, UserError
 from mmdist.engine.load import AnyEngine, asked_world_size, find_checkpoint, load_engine, split_world_size
 from mmdist.log import init_log
@@ -87,6 +88,8 @@ def key_of(word: str) -> str:
 
 def find_world_size(config: Config) -> int:
     """world_size=, refused where the model or the machine cannot have it."""
+    if config.dtype != "auto" and planned_device(config.hardware) == "npu":
+        check_dtype(config.dtype, config.hardware)
     folder, device = find_checkpoint(config), find_device(config.hardware)
     size = split_world_size(folder)
     if size is None or config.world_size not in ("auto", size):
@@ -94,8 +97,7 @@ def find_world_size(config: Config) -> int:
         model_config = load_model_config(family, folder)
         size = asked_world_size(config, legal_world_sizes(family, model_config), device)
         check_world_size(family, model_config, size)
-    if device != "cpu" and size > count_devices(device):
-        raise UserError(f"world_size={size}: {count_devices(device)} {device} devices are visible")
+    check_visible(config.hardware, device, size)
     return size
 
 

@@ -105,7 +105,10 @@ class Cache:
             pages.values.zero_()
             if kind == "int8":
                 pages.scales.zero_()
-        self.ours, self.plain = kernels.paged_attention(*self.pages[:2]), PagedAttention(*self.pages[2:])
+        self.ours, self.plain = (
+            kernels.paged_attention(*self.pages[:2]),
+            PagedAttention(*self.pages[2:], kernels.attention),
+        )
 
     def slots(self) -> Slots:
         """Of all tokens, sequence by sequence."""

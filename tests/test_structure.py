@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[1]
 FLOORS = (
     ("mmdist.config", "mmdist.log"),
     ("mmdist.task_config",),
-    ("mmdist.native", "mmdist.cores"),
+    ("mmdist.native", "mmdist.cores", "mmdist.ascend"),
     ("mmdist.collectives",),
     ("mmdist.backend", "mmdist.tp", "mmdist.blocks", "mmdist.agent"),
     ("mmdist.plan", "mmdist.manifest"),

@@ -32,6 +32,9 @@ class Collectives(Protocol):
     def broadcast_bytes(self, data: bytes) -> bytes:
         """Rank 0's bytes to all; the others' are not looked at."""
 
+    def device_group(self, device: torch.device) -> str | None:
+        """The name of the communicator that operations on the device itself may use; None where there is none."""
+
 
 class DistributedCollectives:
     def __init__(self, rank: int, size: int, group: dist.ProcessGroup | None):
@@ -51,6 +54,12 @@ class DistributedCollectives:
 
     def broadcast(self, x: torch.Tensor) -> None:
         dist.broadcast(x, src=0, group=self.group)
+
+    def device_group(self, device: torch.device) -> str | None:
+        if device.type != "npu" or self.group is None:
+            return None
+        name: str = self.group._get_backend(device).get_hccl_comm_name(self.rank)  # type: ignore[attr-defined]
+        return name
 
     def broadcast_bytes(self, data: bytes) -> bytes:
         """One collective while they are few."""

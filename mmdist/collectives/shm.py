@@ -78,6 +78,9 @@ class ShmCollectives:
         if flat is not x:
             x.copy_(flat)
 
+    def device_group(self, device: torch.device) -> None:
+        return None
+
     def broadcast_bytes(self, data: bytes) -> bytes:
         length = ctypes.c_int64(len(data))
         self._check(self._broadcast(self._comm, ctypes.addressof(length), ctypes.sizeof(length)))

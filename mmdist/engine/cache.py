@@ -10,11 +10,12 @@ import torch
 from mmdist.config import EngineConfig, UserError
 from mmdist.engine.batch import Batch
 from mmdist.kernels.kernels import Kernels
-from mmdist.kernels.paged import DecodeTables
-from mmdist.kernels.pages import PAGES, Slots, vector_bytes
+from mmdist.kernels.paged import DecodeTables, Prefill
+from mmdist.kernels.pages import Slots, vector_bytes
 from mmdist.models.base import MultimodalModel
 
 DEFAULT_MAX_MODEL_LEN = 4096
+DEFAULT_BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,19 @@ def cache_shape(model: MultimodalModel, config: EngineConfig) -> CacheShape:
     max_model_len = config.max_model_len or min(limit, DEFAULT_MAX_MODEL_LEN)
     if max_model_len > limit:
         raise UserError(f"engine.max_model_len={max_model_len}: the model was made for at most {limit} tokens")
-    per_request = -(-max_model_len // config.block_size)
+    block_size = config.block_size or DEFAULT_BLOCK_SIZE
+    per_request = -(-max_model_len // block_size)
     num_blocks = config.num_blocks or config.max_num_seqs * per_request
     if num_blocks < per_request:
         raise UserError(
-            f"engine.num_blocks={num_blocks} of {config.block_size} tokens cannot hold one request of "
+            f"engine.num_blocks={num_blocks} of {block_size} tokens cannot hold one request of "
             f"{max_model_len} tokens; it takes {per_request}, or lower engine.max_model_len"
         )
     return CacheShape(
         max_model_len=max_model_len,
         num_layers=model.num_cached_layers,
         num_blocks=num_blocks,
-        block_size=config.block_size,
+        block_size=block_size,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         kv_cache_dtype=config.kv_cache_dtype,
@@ -64,9 +66,8 @@ class PagedCache:
     def __init__(self, shape: CacheShape, dtype: torch.dtype, kernels: Kernels):
         self.block_size, self.dtype, self.device = shape.block_size, dtype, kernels.device
         size = (shape.num_layers, shape.num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
-        pages = PAGES[shape.kv_cache_dtype]
-        self.k, self.v = pages(size, dtype, self.device), pages(size, dtype, self.device)
-        self.kernels, self.attention = kernels, kernels.paged_attention(self.k, self.v)
+        self.k, self.v = (kernels.pages(shape.kv_cache_dtype, size, dtype) for _ in range(2))
+        self.attention = kernels.paged_attention(self.k, self.v)
 
     def slots(self, block_table: list[int], first: int, last: int) -> list[int]:
         """Of a sequence's tokens [first, last)."""
@@ -88,10 +89,7 @@ class StepCache:
         new = [slot for table, query, context in parts for slot in cache.slots(table, context - query, context)]
         self.new_slots = cache.slots_tensor(new)
         self.tables = self.decode_tables(batch) if self.num_decodes else None
-        self.prefills = [
-            (query, None if query == context else cache.slots_tensor(cache.slots(table, 0, context)))
-            for table, query, context in parts[self.num_decodes :]
-        ]
+        self.prefills = [Prefill(*part, cache.block_size, cache.device) for part in parts[self.num_decodes :]]
 
     def decode_tables(self, batch: Batch) -> DecodeTables:
         tables, lens = batch.block_tables[: self.num_decodes], batch.context_lens[: self.num_decodes]
@@ -108,12 +106,8 @@ class StepCache:
         out, row = [], self.num_decodes
         if self.tables is not None:
             out.append(self.cache.attention.decode(layer, q[:row], self.tables, scale=scale, window=window))
-        for query_len, slots in self.prefills:
-            rows = slice(row, row + query_len)
-            # Without slots the whole context is in this step: no need to read it back.
-            keys = k[rows] if slots is None else self.cache.k.read(layer, slots)
-            values = v[rows] if slots is None else self.cache.v.read(layer, slots)
-            whole = (x[None] for x in (q[rows], keys, values))
-            out.append(self.cache.kernels.attention(*whole, scale=scale, causal=True, window=window)[0])
-            row += query_len
+        for part in self.prefills:
+            new_q, new_k, new_v = (x[row : row + part.query_len] for x in (q, k, v))
+            out.append(self.cache.attention.prefill(layer, new_q, new_k, new_v, part, scale=scale, window=window))
+            row += part.query_len
         return out[0] if len(out) == 1 else torch.cat(out)

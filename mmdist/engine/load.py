@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 
+from mmdist.ascend import Chip, check_dtype, find_chip
 from mmdist.backend import GIB, Backend, count_cores, count_devices, memory_per_rank
 from mmdist.config import REPOSITORY, Config, EngineConfig, UserError
 from mmdist.engine.cache import cache_shape
 from mmdist.engine.encoder import EncoderEngine
 from mmdist.engine.engine import Engine
 from mmdist.engine.memory import RankMemory, rank_memory
+from mmdist.kernels.kernels import Kernels
 from mmdist.kernels.native import find_kernels
+from mmdist.kernels.npu import npu_kernels
 from mmdist.loading import load_weights
 from mmdist.manifest import MANIFEST, load_manifest
 from mmdist.models.base import EncoderModel, Model, MultimodalModel
@@ -67,13 +70,36 @@ def split_world_size(folder: Path) -> int | None:
 def find_dtype(config: Config, checkpoint: Checkpoint, plan: Plan, device: str) -> torch.dtype:
     """dtype=, where auto is the dtype of the decoder's weights (float16 becomes bfloat16 on a CPU)."""
     if config.dtype != "auto":
+        if device == "npu":
+            check_dtype(config.dtype, config.hardware)
         return DTYPES[config.dtype]
     cut = (checkpoint.dtype(placement.name) for placement in plan.values() if placement.dim is not None)
     stored = next(dtype for dtype in cut if dtype.is_floating_point)
     if device == "cpu" and stored == torch.float16:  # CPUs have no fast float16 matrix product
         log.info("dtype=auto: the checkpoint's float16 runs as bfloat16 on the CPU; dtype=float32 or float16 to choose")
         return torch.bfloat16
+    if device == "npu" and str(stored).removeprefix("torch.") not in (chip := find_chip(config.hardware)).dtypes:
+        log.info("dtype=auto: the checkpoint's %s runs as %s on a %s", stored, chip.dtypes[0], chip.title)
+        return DTYPES[chip.dtypes[0]]
     return stored
+
+
+def engine_settings(config: Config, chip: Chip | None) -> EngineConfig:
+    """engine.*, with the chip's block size where none was chosen; refused where its operations cannot read it."""
+    settings = config.engine
+    if chip is None or config.hardware.kernels == "plain":
+        return settings
+    if settings.kv_cache_dtype != "auto":
+        raise UserError(
+            f"engine.kv_cache_dtype={settings.kv_cache_dtype}: no operation of a {chip.title} reads it; use auto"
+        )
+    size = settings.block_size or chip.block_sizes[0]
+    if size not in chip.block_sizes:
+        legal = ", ".join(map(str, chip.block_sizes))
+        raise UserError(
+            f"engine.block_size={size}: a {chip.title} reads a paged cache in blocks of {legal}; leave it out"
+        )
+    return replace(settings, block_size=size)
 
 
 def open_model(config: Config, tp: TP, device: str, *, hash_ahead: bool = False) -> tuple[Model, Plan, Checkpoint, Any]:
@@ -118,8 +144,9 @@ def find_quant(config: Config) -> tuple[WeightFormat | None, Scheme | None]:
 
 def load_engine(config: Config, tp: TP, backend: Backend) -> AnyEngine:
     model, plan, checkpoint, model_config = open_model(config, tp, backend.device.type, hash_ahead=True)
+    config = replace(config, engine=engine_settings(config, backend.chip))
     settings = fit_memory(config, model, plan, tp, backend)
-    kernels = find_kernels(config.hardware.kernels, backend.device, model.dtype)
+    kernels = choose_kernels(config, backend, model.dtype)
     start = time.perf_counter()
     bytes_read = load_weights(model, checkpoint, plan, tp, kernels)
     took = time.perf_counter() - start
@@ -131,6 +158,13 @@ def load_engine(config: Config, tp: TP, backend: Backend) -> AnyEngine:
     assert isinstance(model, MultimodalModel), f"no engine runs {type(model).__name__}"
     eos = find_eos(checkpoint.folder, model_config)
     return Engine(model, tp, settings, kernels, processor=processor, eos_token_ids=eos)
+
+
+def choose_kernels(config: Config, backend: Backend, dtype: torch.dtype) -> Kernels:
+    """hardware.kernels for a model of `dtype`."""
+    if backend.chip is not None and config.hardware.kernels != "plain":
+        return npu_kernels(backend.device, backend.chip.name)
+    return find_kernels(config.hardware.kernels, backend.device, dtype)
 
 
 def fit_memory(config: Config, model: Model, plan: Plan, tp: TP, backend: Backend) -> EngineConfig:

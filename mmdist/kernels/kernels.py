@@ -7,8 +7,9 @@ import torch
 from mmdist.kernels import packed, plain
 from mmdist.kernels.linear import Linear, PackedLinear, quantized_linear
 from mmdist.kernels.paged import PagedAttention
-from mmdist.kernels.pages import Int8Pages, Pages
+from mmdist.kernels.pages import PAGES, Int8Pages, Pages, Size
 from mmdist.quant import Quantized
+from mmdist.tp import TP
 
 
 class Kernels:
@@ -34,6 +35,10 @@ class Kernels:
     def quantized_linear(self, weight: Quantized) -> Linear:
         return quantized_linear(weight)
 
+    def linear_all_reduce(self, x: torch.Tensor, weight: torch.Tensor, tp: TP) -> torch.Tensor | None:
+        """x W^T summed over the ranks, by one operation; None where there is none, or none that pays."""
+        return None
+
     def attention(
         self,
         q: torch.Tensor,
@@ -52,6 +57,13 @@ class Kernels:
             return plain.full_attention(q, k, v, scale=scale)
         parts = zip(q, k, v, strict=True)
         return torch.stack([plain.prefill_attention(*part, scale=scale, window=window) for part in parts])
+
+    def masked_attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, *, scale: float
+    ) -> torch.Tensor:
+        """q (queries, heads, head_dim) over k, v (context, kv_heads, head_dim) -> q's shape. mask: which keys a query
+        sees, (queries, context) bool; None: all."""
+        return plain.masked_attention(q, k, v, mask, scale=scale)
 
     def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
         """x * sigmoid(1.702 x), CLIP's approximation of GELU."""
@@ -73,8 +85,12 @@ class Kernels:
         gate, up = gate_up.chunk(2, dim=-1)
         return plain.find_activation(activation)(gate) * up
 
+    def pages(self, kv_cache_dtype: str, size: Size, dtype: torch.dtype) -> Pages | Int8Pages:
+        """Room for the keys, or the values, of a cache."""
+        return PAGES[kv_cache_dtype](size, dtype, self.device)
+
     def paged_attention(self, k: Pages | Int8Pages, v: Pages | Int8Pages) -> PagedAttention:
-        return PagedAttention(k, v)
+        return PagedAttention(k, v, self.attention)
 
     def top_k(self, logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, vocab) -> the k largest in float32 and their places, each (rows, k), by falling logit and, among

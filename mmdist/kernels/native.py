@@ -130,7 +130,7 @@ class NativeKernels(Kernels):
         return out
 
     def paged_attention(self, k: Pages | Int8Pages, v: Pages | Int8Pages) -> NativePagedAttention:
-        return NativePagedAttention(self._native, k, v)
+        return NativePagedAttention(self._native, k, v, self.attention)
 
     def top_k(self, logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         if logits.dtype is not BFLOAT16 or logits.stride(-1) != 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import Structure, addressof, c_float, c_int, c_int64, c_long, c_void_p
 
 import torch
@@ -24,8 +24,10 @@ class PagesStruct(Structure):
 class NativePagedAttention(PagedAttention):
     """Of a model in bfloat16; the cosines, sines and qkv come in it too."""
 
-    def __init__(self, native: Native, k: Pages | Int8Pages, v: Pages | Int8Pages):
-        super().__init__(k, v)
+    def __init__(
+        self, native: Native, k: Pages | Int8Pages, v: Pages | Int8Pages, attention: Callable[..., torch.Tensor]
+    ):
+        super().__init__(k, v, attention)
         scales = [pages.scales.data_ptr() if isinstance(pages, Int8Pages) else None for pages in (k, v)]
         self.struct = PagesStruct(k.values.data_ptr(), v.values.data_ptr(), *scales, *k.values.shape[1:])
         self.pages, self.head_dim = addressof(self.struct), k.values.shape[-1]

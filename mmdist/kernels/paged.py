@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -24,7 +24,7 @@ class DecodeTables:
         filled = [table + [0] * (width - len(table)) for table in block_tables]
         self.block_tables = torch.tensor(filled, dtype=torch.int32, device=device)
         self.context_lens = torch.tensor(context_lens, dtype=torch.int32, device=device)
-        self.block_size, self.longest = block_size, max(context_lens)
+        self.lens, self.block_size, self.longest = list(context_lens), block_size, max(context_lens)
         self.masks: dict[int | None, torch.Tensor | None] = {}
 
     @cached_property
@@ -54,9 +54,37 @@ class DecodeTables:
         return self.masks[window]
 
 
+class Prefill:
+    """Several new tokens of one sequence: query_len of them, the last of its context_len, which `block_table` holds."""
+
+    def __init__(self, block_table: list[int], query_len: int, context_len: int, block_size: int, device: torch.device):
+        self.query_len, self.context_len = query_len, context_len
+        self.block_table, self.block_size, self.device = block_table, block_size, device
+
+    @property
+    def is_whole(self) -> bool:
+        """True where the whole context is new: nothing has to be read back."""
+        return self.query_len == self.context_len
+
+    @cached_property
+    def slots(self) -> Slots:
+        """Of the whole context."""
+        tokens = torch.arange(self.context_len)
+        blocks = torch.tensor(self.block_table)[tokens // self.block_size]
+        return Slots((blocks * self.block_size + tokens % self.block_size).to(self.device), self.block_size)
+
+    @cached_property
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(1, blocks) block table and (1,) context length, int32."""
+        values = ([self.block_table], [self.context_len])
+        table, length = (torch.tensor(value, dtype=torch.int32, device=self.device) for value in values)
+        return table, length
+
+
 class PagedAttention:
-    def __init__(self, k: Pages | Int8Pages, v: Pages | Int8Pages):
-        self.k, self.v = k, v
+    def __init__(self, k: Pages | Int8Pages, v: Pages | Int8Pages, attention: Callable[..., torch.Tensor]):
+        """attention: Kernels.attention."""
+        self.k, self.v, self.attention = k, v, attention
 
     def store(
         self, layer: int, qkv: torch.Tensor, heads: Sequence[int], rope: tuple[torch.Tensor, torch.Tensor], slots: Slots
@@ -65,6 +93,22 @@ class PagedAttention:
         stored and as they will be read. qkv may be overwritten."""
         q, k, v = plain.split_rotate(qkv, heads, rope)
         return q, self.k.write(layer, slots, k), self.v.write(layer, slots, v)
+
+    def prefill(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        part: Prefill,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Of the new tokens, as store() gave them: q (tokens, heads, head_dim) -> its shape."""
+        if not part.is_whole:
+            k, v = self.k.read(layer, part.slots), self.v.read(layer, part.slots)
+        return self.attention(q[None], k[None], v[None], scale=scale, causal=True, window=window)[0]
 
     def decode(
         self, layer: int, q: torch.Tensor, tables: DecodeTables, *, scale: float, window: int | None

@@ -21,6 +21,10 @@ class Slots:
         self.numbers, self.block_size = numbers, block_size
 
     @cached_property
+    def int32(self) -> torch.Tensor:
+        return self.numbers.to(torch.int32)
+
+    @cached_property
     def index(self) -> tuple[torch.Tensor, slice, torch.Tensor]:
         """What picks (*shape, kv_heads, ...) out of a layer."""
         return self.numbers // self.block_size, slice(None), self.numbers % self.block_size

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmdist.config import UserError
-from mmdist.kernels.kernels import Kernels
+from mmdist.kernels.kernels import PLAIN, Kernels
 from mmdist.kernels.linear import Linear
 from mmdist.plan import Piece, Shard
 from mmdist.quant import Quantized, Scheme, WeightFormat, find_amax, quantize
@@ -123,6 +123,11 @@ class RowParallelLinear(ParallelWeight):
         super().__init__([Piece(in_features)], tp)
         self.weight = nn.Parameter(torch.empty(out_features, self.piece.local_size(tp)))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.kernels = PLAIN
+
+    def after_load(self, kernels: Kernels) -> None:
+        super().after_load(kernels)
+        self.kernels = kernels
 
     @property
     def piece(self) -> Piece:
@@ -134,5 +139,7 @@ class RowParallelLinear(ParallelWeight):
         return quantize(self.weight, scheme, amax if scheme.group_size else self.tp.all_max(amax))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.tp.all_reduce(self.matmul(x))
+        y = None if self.linear is not None else self.kernels.linear_all_reduce(x, self.weight, self.tp)
+        if y is None:
+            y = self.tp.all_reduce(self.matmul(x))
         return y if self.bias is None else y + self.bias

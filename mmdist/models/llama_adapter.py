@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, PretrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from mmdist.config import ModelConfig, UserError
+from mmdist.kernels.kernels import PLAIN, Kernels
 from mmdist.layers.attention import Attention, Context
 from mmdist.layers.lora import add_lora
 from mmdist.models.base import MultimodalModel, Processor
@@ -65,6 +65,10 @@ class AdapterAttention(Attention):
         self.gate_piece = Piece(shape.num_heads)
         self.gate = nn.Parameter(torch.empty(1, self.heads[0], 1, 1))
         self.new_gate = nn.Parameter(torch.empty(1, 1, 1, 1)) if with_lora else None
+        self.kernels = PLAIN
+
+    def after_load(self, kernels: Kernels) -> None:
+        self.kernels = kernels
 
     def shards(self) -> dict[str, Shard]:
         return {"gate": Shard(1, (self.gate_piece,))}
@@ -86,9 +90,10 @@ class AdapterAttention(Attention):
         for length, group in groupby(zip(context.query_lens, kept, strict=True), key=lambda pair: pair[0]):
             k, v = (torch.stack(parts) for parts in zip(*(pair for _, pair in group), strict=True))
             last = first + len(k) * length
-            rows = q[first:last].unflatten(0, (len(k), length)).transpose(1, 2)
-            seen = F.scaled_dot_product_attention(rows, k, v, scale=self.scale)
-            out.append(seen.transpose(1, 2).flatten(0, 1))
+            rows = q[first:last].unflatten(0, (len(k), length))
+            out.append(
+                self.kernels.attention(rows, k.transpose(1, 2), v.transpose(1, 2), scale=self.scale).flatten(0, 1)
+            )
             first = last
         return torch.cat(out)
 

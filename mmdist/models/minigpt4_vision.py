@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmdist.kernels.kernels import PLAIN, Kernels
 from mmdist.models.vision import MLP, FusedAttention
 
 EVA_NORM_EPS, LN_VISION_EPS = 1e-6, 1e-5
@@ -90,13 +91,17 @@ class QFormerAttention(nn.Module):
         self.value = nn.Linear(seen_width, config.qformer_width)
         self.dense = nn.Linear(config.qformer_width, config.qformer_width)
         self.norm = nn.LayerNorm(config.qformer_width, config.qformer_norm_eps)
+        self.kernels = PLAIN
+
+    def after_load(self, kernels: Kernels) -> None:
+        self.kernels = kernels
 
     def heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x.unflatten(-1, (self.num_heads, -1))
 
     def forward(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         q, k, v = self.heads(self.query(x)), self.heads(self.key(seen)), self.heads(self.value(seen))
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = self.kernels.attention(q, k, v, scale=q.shape[-1] ** -0.5).flatten(2)
         return self.norm(self.dense(out) + x)
 
 

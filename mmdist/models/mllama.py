@@ -17,7 +17,7 @@ from torch import nn
 from transformers.models.mllama import processing_mllama
 
 from mmdist.config import ModelConfig
-from mmdist.kernels import plain
+from mmdist.kernels.kernels import PLAIN, Kernels
 from mmdist.layers.attention import Context, kv_copies
 from mmdist.layers.linear import ColumnParallelLinear, RowParallelLinear
 from mmdist.layers.mlp import GatedMLP
@@ -101,6 +101,10 @@ class CrossAttention(nn.Module):
         self.q_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
         self.k_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
         self.o_proj = RowParallelLinear(shape.num_heads * shape.head_dim, shape.hidden_size, tp)
+        self.kernels = PLAIN
+
+    def after_load(self, kernels: Kernels) -> None:
+        self.kernels = kernels
 
     def keys_values(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, hidden) of the pictures -> normed keys, and values, each (rows, this rank's KV heads, head_dim)."""
@@ -116,7 +120,8 @@ class CrossAttention(nn.Module):
             # A token that sees no picture attends to all of them (transformers 4.46.3); only its MLP is then dropped.
             mask = mask | ~mask.any(1, keepdim=True)
             mask = mask.repeat_interleave(len(k) // mask.shape[1], dim=1)
-            out.append(plain.masked_attention(rows, k, v, None if mask.all() else mask, scale=self.head_dim**-0.5))
+            seen = None if mask.all() else mask
+            out.append(self.kernels.masked_attention(rows, k, v, seen, scale=self.head_dim**-0.5))
         return self.o_proj(torch.cat(out).flatten(1))
 
 

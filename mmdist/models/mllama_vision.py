@@ -14,6 +14,9 @@ import transformers  # classes are looked up when used: importing them here woul
 from torch import nn
 from transformers.models.mllama import modeling_mllama
 
+from mmdist.kernels.kernels import Kernels
+from mmdist.models.vision import register_attention
+
 PATCH_MULTIPLE = 8  # patches of a tile are padded to a multiple of this
 
 
@@ -27,6 +30,11 @@ class MllamaEncoder(nn.Module):
         self.model: Any = transformers.MllamaVisionModel(config.vision_config)
         self.projector = nn.Linear(config.vision_config.vision_output_dim, config.text_config.hidden_size)
         self.indices = config.vision_config.intermediate_layers_indices
+
+    def after_load(self, kernels: Kernels) -> None:
+        register_attention(self.model.config)
+        for layer in (*self.model.transformer.layers, *self.model.global_transformer.layers):
+            layer.self_attn.kernels = kernels
 
     @property
     def num_patches(self) -> int:

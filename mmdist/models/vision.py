@@ -20,11 +20,30 @@ OUR_ATTENTION = "mmdist"
 
 
 def tower_attention(
-    module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: None, *, scaling: float, **_: Any
+    module: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Behind transformers' AttentionInterface: (batch, heads, tokens, head_dim) -> (batch, tokens, heads, head_dim)."""
+    """Behind transformers' AttentionInterface: (batch, heads, tokens, head_dim) -> (batch, tokens, heads, head_dim).
+
+    mask: (batch, 1, queries, keys), 0 or a very small number.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return module.kernels.attention(q, k, v, scale=scaling), None
+    if mask is None:
+        return module.kernels.attention(q, k, v, scale=scaling), None
+    parts = zip(q, k, v, mask[:, 0] == 0, strict=True)
+    return torch.stack([module.kernels.masked_attention(*part, scale=scaling) for part in parts]), None
+
+
+def register_attention(config: Any) -> None:
+    """Let the attention of a tower with this config be ours; its modules then need `kernels`."""
+    transformers.AttentionInterface.register(OUR_ATTENTION, tower_attention)
+    config._attn_implementation = OUR_ATTENTION
 
 
 class ClipTower(nn.Module):
@@ -37,8 +56,7 @@ class ClipTower(nn.Module):
     def after_load(self, kernels: Kernels) -> None:
         embeddings = self.model.embeddings
         embeddings.position_ids = torch.arange(embeddings.num_positions, device=kernels.device)[None]
-        transformers.AttentionInterface.register(OUR_ATTENTION, tower_attention)
-        self.model.config._attn_implementation = OUR_ATTENTION
+        register_attention(self.model.config)
         for layer in self.model.encoder.layers:
             layer.self_attn.kernels = kernels
             if self.model.config.hidden_act == "quick_gelu":

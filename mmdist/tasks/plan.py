@@ -7,10 +7,12 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from mmdist.backend import GIB, find_device, memory_per_rank
+from mmdist.ascend import Chip, find_chip
+from mmdist.backend import GIB, memory_per_rank, planned_device
 from mmdist.config import UserError
-from mmdist.engine.load import asked_world_size, find_checkpoint, open_model
+from mmdist.engine.load import asked_world_size, engine_settings, find_checkpoint, open_model
 from mmdist.engine.memory import RankMemory, rank_memory
+from mmdist.kernels.npu_plan import PLANS, job_lines, operations
 from mmdist.models.family import check_world_size, find_model, legal_world_sizes, load_model_config
 from mmdist.native.build import describe_kernels
 from mmdist.task_config import PlanConfig
@@ -24,7 +26,7 @@ def check(config: PlanConfig) -> None:
 
 
 def run(config: PlanConfig) -> int:
-    device = find_device(config.hardware)
+    device = planned_device(config.hardware)
     family = find_model(config.model.name)
     model_config = load_model_config(family, find_checkpoint(config))
     legal = legal_world_sizes(family, model_config)
@@ -49,10 +51,12 @@ def cure(config: PlanConfig) -> str:
 
 def make_plan(config: PlanConfig, size: int, device: str) -> dict[str, Any]:
     """The facts of both formats."""
+    chip = find_chip(config.hardware) if device == "npu" else None
+    engine = engine_settings(config, chip)
     ranks: list[RankMemory] = []
     for rank in range(min(size, 2)):  # all ranks but the first are alike
         model, plan, checkpoint, _ = open_model(config, TP(rank, size), device)
-        ranks.append(rank_memory(model, plan, TP(rank, size), config.engine))
+        ranks.append(rank_memory(model, plan, TP(rank, size), engine))
     memory = memory_per_rank(config.hardware, device, size)
     reduced = model.numbers_reduced() * model.dtype.itemsize if size > 1 else 0
     parameters = [
@@ -67,13 +71,21 @@ def make_plan(config: PlanConfig, size: int, device: str) -> dict[str, Any]:
     ]
     return {
         "fits": all(rank.total <= memory for rank in ranks),
-        "kernels": describe_kernels(config.hardware.kernels if device == "cpu" else "plain"),
+        "kernels": planned_kernels(config.hardware.kernels, device, chip),
         "allreduce_bytes_per_token": reduced,
         "memory_per_rank": memory,
         "dtype": str(model.dtype).removeprefix("torch."),
         "ranks": [{**asdict(ranks[min(rank, 1)]), "rank": rank} for rank in range(size)],
         "parameters": parameters,
     }
+
+
+def planned_kernels(asked: str, device: str, chip: Chip | None) -> dict[str, Any]:
+    """What computes: the level, a word about it and, on an NPU, which operation does which job."""
+    if chip is None or asked == "plain":
+        return describe_kernels(asked if device == "cpu" else "plain")
+    detail = f"{chip.title}: {len(operations(chip.name))} fused operations"
+    return {"level": f"npu {chip.name}", "detail": detail, "jobs": [asdict(job) for job in PLANS[chip.name]]}
 
 
 def table(plan: dict[str, Any]) -> str:
@@ -92,5 +104,6 @@ def table(plan: dict[str, Any]) -> str:
             lines.append(f"{len(names):5} tensors {meaning}, e.g. {names[0]}")
     lines += ["", f"all-reduced a token: {plan['allreduce_bytes_per_token']} bytes"]
     lines.append(f"kernels: {plan['kernels']['level']} ({plan['kernels']['detail']})")
+    lines += [f"  {line}" for job in plan["kernels"].get("jobs", ()) for line in job_lines(job)]
     lines.append(f"{'fits' if plan['fits'] else 'does NOT fit'} {plan['memory_per_rank'] / GIB:.2f} GiB a rank")
     return "\n".join(lines)
