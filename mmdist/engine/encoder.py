@@ -12,10 +12,11 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch.nn import Module
 
 from mmdist.backend import Backend
 from mmdist.config import EngineConfig, UserError
-from mmdist.engine.record import Recorder
+from mmdist.engine.record import Recorder, list_stages
 from mmdist.engine.request import Output, Request, failed
 from mmdist.models.base import EncoderModel, Processor, Prompt
 from mmdist.tp import TP
@@ -58,6 +59,10 @@ class EncoderEngine:
         self.model, self.tp, self.processor, self.device = model, tp, processor, backend.device
         self.max_num_seqs = config.max_num_seqs
         self.recorder: Recorder | None = None
+
+    def stages(self) -> dict[str, Module]:
+        """What a Recorder of layers watches."""
+        return list_stages(self.model)
 
     @property
     def prompts(self) -> Processor:

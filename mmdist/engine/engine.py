@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
+from torch.nn import Module
+
 from mmdist.config import EngineConfig, UserError
 from mmdist.engine.batch import Batch, Scheduled, build_batch, image_embeds, take_memories
 from mmdist.engine.blocks import BlockManager
 from mmdist.engine.cache import PagedCache, cache_shape
 from mmdist.engine.detokenizer import Detokenizer
-from mmdist.engine.record import Recorder
+from mmdist.engine.record import Recorder, list_stages
 from mmdist.engine.request import Output, Request, Sequence, failed
 from mmdist.engine.runner import Runner
 from mmdist.engine.sampler import Scores, logprobs_entry, num_candidates, sample
@@ -68,6 +70,10 @@ class Engine:
     @property
     def model(self) -> MultimodalModel:
         return self.runner.model
+
+    def stages(self) -> dict[str, Module]:
+        """What a Recorder of layers watches."""
+        return list_stages(self.model)
 
     @property
     def prompts(self) -> Processor:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mmdist.config import SAMPLING_KEYS, SamplingParams, UserError
 from mmdist.engine.load import AnyEngine
-from mmdist.engine.record import Recorder, list_stages, record_folder
+from mmdist.engine.record import Recorder, record_folder
 from mmdist.engine.request import Request, failed
 from mmdist.task_config import GenerateConfig
 from mmdist.tasks import retrieval
@@ -50,7 +50,7 @@ def run(config: GenerateConfig, engine: AnyEngine) -> int:
     done = keep_answers(path)
     log.info("%d requests, %d of them answered already, answers in %s", len(entries), len(done), path)
     if config.record != "none":
-        engine.recorder = Recorder(record_folder(path), list_stages(engine.model) if config.record == "layers" else {})
+        engine.recorder = Recorder(record_folder(path), engine.stages() if config.record == "layers" else {})
     with path.open("a") as file, tqdm(total=len(entries), unit="request", disable=not sys.stderr.isatty()) as bar:
         batch = Batch(engine, config, source if source.is_dir() else source.parent, file, bar)
         todo = [entry for entry in entries if str(entry["id"]) not in done]

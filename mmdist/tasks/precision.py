@@ -7,19 +7,24 @@ held twice, and a side that fails is named. What they wrote is then compared.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
-from mmdist.config import EXIT_FAILED, UserError
-from mmdist.engine.load import find_checkpoint
+from mmdist.config import EXIT_FAILED, EXIT_USER_ERROR, UserError
+from mmdist.engine.load import AnyEngine, find_checkpoint
 from mmdist.engine.record import record_folder
+from mmdist.log import init_log
 from mmdist.precision.answers import Answers, check_ids, check_prompts, check_settings, read_answers
 from mmdist.precision.compare import compare_layers, compare_request
+from mmdist.precision.transformers_side import TransformersEngine, check_family
 from mmdist.precision.verdict import Limits, Verdict, judge, markdown, write
 from mmdist.task_config import GenerateConfig, PrecisionConfig
+from mmdist.tasks import generate
 from mmdist.tasks.generate import settings_of
 from mmdist.tasks.job import make_output_dir
 from mmdist.tasks.requests import merge_params, read_folder, read_requests
@@ -34,11 +39,12 @@ log = logging.getLogger("mmdist.precision")
 @dataclass
 class Side:
     """name: reference or ours. saved: a file of answers; without one the side is a job of task=generate, with some of
-    the user's keys replaced."""
+    the user's keys replaced, by this engine or by transformers."""
 
     name: str
     words: str
     saved: Path | None = None
+    in_transformers: bool = False
     replaced: dict[str, Any] = field(default_factory=dict)
 
 
@@ -71,6 +77,9 @@ def make_reference(config: PrecisionConfig) -> Side:
     dtype = {} if config.reference_dtype is None else {"dtype": config.reference_dtype}
     if config.reference == "world_size_1":
         return Side("reference", "this engine on one rank", replaced={"world_size": 1, **dtype})
+    if config.reference == "transformers":
+        check_family(config)
+        return Side("reference", "transformers.generate", in_transformers=True, replaced=dtype)
     path = Path(config.reference)
     if path.is_dir():
         return Side("reference", f"checkpoint {path}", replaced={"checkpoint": path, "quant": "auto", **dtype})
@@ -155,7 +164,6 @@ def run_side(side: Side, config: PrecisionConfig, folder: Path, run_job: RunJob)
     output.unlink(missing_ok=True)  # an earlier run's answers would be kept
     shutil.rmtree(record_folder(output), ignore_errors=True)
     keys = {
-        "task": "generate",
         "input": config.data,
         "record": "layers" if config.layers else "logits",
         "logprobs": LOGPROBS if config.logprobs is None else config.logprobs,
@@ -163,13 +171,37 @@ def run_side(side: Side, config: PrecisionConfig, folder: Path, run_job: RunJob)
         **side.replaced,
     }
     log.info("%s: %s", side.name, side.words)
-    return run_job(GenerateConfig, **keys)
+    if side.in_transformers:
+        return run_transformers(config, keys)
+    return run_job(GenerateConfig, task="generate", **keys)
+
+
+def run_transformers(config: PrecisionConfig, keys: dict[str, Any]) -> int:
+    """The job of a side in a fresh process of its own, as no rank can be it; its exit code."""
+    common = {f.name: getattr(config, f.name) for f in fields(GenerateConfig) if hasattr(config, f.name)}
+    job = GenerateConfig(
+        **{**common, **keys, "task": "generate", "world_size": 1, "output_dir": str(keys["output_dir"])}
+    )
+    process = multiprocessing.get_context("spawn").Process(target=answer_in_transformers, args=(job,), daemon=True)
+    process.start()
+    process.join()
+    return EXIT_FAILED if process.exitcode is None or process.exitcode < 0 else process.exitcode
+
+
+def answer_in_transformers(config: GenerateConfig) -> NoReturn:
+    init_log()
+    try:
+        make_output_dir(config)
+        sys.exit(generate.run(config, cast(AnyEngine, TransformersEngine(config))))  # it has Engine's door
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
 
 
 def collect(side: Side, output: Path, entries: dict[str, dict[str, Any]], code: int) -> Answers | None:
     """What a side's job has answered; None, said in the log, where it ended before all was answered."""
     try:
-        if code > 1:
+        if code > EXIT_FAILED:
             raise UserError(f"exit code {code}")
         answers = read_answers(output, side.name)
         check_ids(answers.lines, entries, str(output))
