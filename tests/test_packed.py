@@ -17,7 +17,7 @@ from mmdist.blocks import BLOCKS, ROWS, fill_blocks, from_stored, to_stored
 from mmdist.config import QuantConfig, SamplingParams, UserError
 from mmdist.engine.engine import Engine
 from mmdist.engine.load import load_engine
-from mmdist.kernels import native_linear
+from mmdist.kernels import native
 from mmdist.kernels.native import BF16, NativeKernels
 from mmdist.kernels.native_linear import NativeLinear
 from mmdist.manifest import load_manifest, part_file, save_manifest
@@ -143,7 +143,7 @@ def in_files(engine: Engine, name: str) -> list[NativeLinear]:
     mapped = [range(*(int(end, 16) for end in words[0].split("-"))) for words in lines]
     found = [getattr(module, "linear", None) for module in engine.model.modules()]
     linears = [linear for linear in found if isinstance(linear, NativeLinear)]
-    return [linear for linear in linears if any(linear.held[1] in pages for pages in mapped)]
+    return [linear for linear in linears if any(linear.packed.words.data_ptr() in pages for pages in mapped)]
 
 
 def test_weights_stay_in_the_file_until_the_first_token_is_out(folders: dict) -> None:
@@ -164,7 +164,8 @@ def test_weights_stay_in_the_file_until_the_first_token_is_out(folders: dict) ->
     thread = engine.runner.kernels._mover.thread
     assert thread is not None
     thread.join()
-    assert not in_files(engine, str(folder)) and torch.equal(lying[0](x, None), before)
+    assert not in_files(engine, str(folder))
+    torch.testing.assert_close(lying[0](x, None), before)  # in 12 bits rare numbers are added last
     assert str(folder / part_file(0, 1)) in Path("/proc/self/maps").read_text(), "norms stay where they are"
 
 
@@ -180,7 +181,7 @@ def test_without_memory_weights_stay_in_the_file(
         raise OSError(12, "Cannot allocate memory")
 
     with monkeypatch.context() as patched, caplog.at_level("WARNING"):
-        patched.setattr(native_linear, "huge_pages", refuse)
+        patched.setattr(native, "huge_pages", refuse)
         kernels.settle()
         assert kernels._mover.thread is not None
         kernels._mover.thread.join()
@@ -193,16 +194,18 @@ def test_a_product_that_runs_keeps_its_memory(kernels: NativeKernels) -> None:
     weight, x = torch.randn(512, 1024).bfloat16(), torch.randn(3, 1024).bfloat16()
     linear = kernels.linear_over_blocks(to_stored(weight, BLOCKS))
     assert isinstance(linear, NativeLinear)
-    want, stop = linear(x, None), threading.Event()
+    want, stop, in_file = linear(x, None), threading.Event(), linear.packed
 
     def move() -> None:
         while not stop.is_set():
-            linear.move()
+            linear.packed = in_file
+            linear.packed = kernels._move(linear)
 
     thread = threading.Thread(target=move)
     thread.start()
     try:
-        assert all(torch.equal(linear(x, None), want) for _ in range(200))
+        for _ in range(200):
+            torch.testing.assert_close(linear(x, None), want)
     finally:
         stop.set()
         thread.join()

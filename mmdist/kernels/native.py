@@ -5,11 +5,24 @@ from __future__ import annotations
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_long, c_void_p
 
 import torch
+import torch.nn.functional as F
 
 from mmdist.blocks import COLUMNS, ROWS
 from mmdist.kernels.kernels import Kernels
 from mmdist.kernels.linear import Linear
-from mmdist.kernels.native_linear import BF16, BITS, INT4, INT8, Mover, NativeLinear, huge_pages, round_up
+from mmdist.kernels.native_linear import (
+    BF12,
+    BF16,
+    BITS,
+    INT4,
+    INT8,
+    Mover,
+    NativeLinear,
+    Packed,
+    blocked,
+    huge_pages,
+    round_up,
+)
 from mmdist.kernels.native_paged import NativePagedAttention
 from mmdist.kernels.pages import Int8Pages, Pages
 from mmdist.native.build import Native, load_library
@@ -17,6 +30,8 @@ from mmdist.quant import Quantized
 
 BFLOAT16 = torch.bfloat16
 MAX_HEAD_DIM = 256  # of flash.c
+SHORTENS = ("avx512_bf16", "avx512")  # levels whose products read 12 bits faster than 16
+MOST_OTHERS = 64  # one of so many numbers may lack a code; beyond, listing them costs more than it saves
 
 
 class AttentionCall(Structure):
@@ -39,9 +54,12 @@ def find_kernels(level: str, device: torch.device, dtype: torch.dtype) -> Kernel
 class NativeKernels(Kernels):
     def __init__(self, device: torch.device, native: Native):
         super().__init__(device)
-        self.level = native.level
+        self.level, self.shortens = native.level, native.level in SHORTENS
         native.declare("mmdist_pool_init", None, c_int)(torch.get_num_threads())
         self._pack = native.declare("mmdist_pack", None, c_int, c_void_p, c_void_p, c_long, c_long)
+        self._shorten = native.declare(
+            "mmdist_shorten", None, c_void_p, c_int, c_void_p, *[c_long] * 3, *[c_void_p] * 3
+        )
         addresses, sizes = [c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_void_p], [c_long] * 3
         self._linear = native.declare("mmdist_linear", None, c_int, *addresses, *sizes)
         self._attention = native.declare("mmdist_attention", c_int, POINTER(AttentionCall))
@@ -51,25 +69,50 @@ class NativeKernels(Kernels):
         self._gated_silu = native.declare("mmdist_gated_silu", None, c_void_p, c_void_p, c_long, c_long)
         self._top_k = native.declare("mmdist_top_k", None, c_void_p, *[c_long] * 4, c_void_p, c_void_p)
         self._native = native
-        self._mover = Mover()
+        self._mover = Mover(self._move)
 
     def linear(self, weight: torch.Tensor) -> Linear | None:
-        return NativeLinear(self._linear, BF16, self.pack(BF16, weight), weight.shape)
+        packed = self.shortened(weight.contiguous(), in_blocks=False) or Packed(BF16, self.pack(BF16, weight))
+        return NativeLinear(self._linear, packed, weight.shape)
 
     def linear_over_blocks(self, blocks: torch.Tensor) -> Linear | None:
-        linear = NativeLinear(self._linear, BF16, blocks, blocks.shape)
+        linear = NativeLinear(self._linear, Packed(BF16, blocks), blocks.shape)
         self._mover.waiting.append(linear)
         return linear
 
     def settle(self) -> None:
         self._mover.start()
 
+    def _move(self, linear: NativeLinear) -> Packed:
+        blocks = linear.packed.words
+        return self.shortened(blocks, in_blocks=True) or Packed(BF16, huge_pages(blocks.nbytes).copy_(as_bytes(blocks)))
+
+    def shortened(self, weight: torch.Tensor, *, in_blocks: bool) -> Packed | None:
+        """(out, in) bfloat16 in 12 bits a number; None where that does not pay: on processors that are slower at
+        putting the numbers together than memory is, and where too many have exponents of their own."""
+        if not self.shortens:
+            return None
+        (rows, columns), num_blocks = weight.shape, round_up(weight.shape[0], ROWS) // ROWS
+        words = huge_pages(num_blocks * ROWS * round_up(columns, COLUMNS) * BITS[BF12] // 8)
+        most = columns * ROWS // MOST_OTHERS + ROWS
+        tops, counts = torch.empty(2, num_blocks, dtype=torch.int32)
+        others = torch.empty(num_blocks, most, dtype=torch.long)
+        addresses = (x.data_ptr() for x in (tops, counts, others))
+        self._shorten(weight.data_ptr(), in_blocks, words.data_ptr(), rows, columns, most, *addresses)
+        if counts.max() > most:
+            return None
+        others = others[torch.arange(most) < counts[:, None]]
+        firsts = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        filled = F.pad(torch.cat([firsts, tops]), (0, 1))  # to whole numbers of 64 bits
+        return Packed(BF12, words, torch.cat([filled.view(torch.long), others]))
+
     def quantized_linear(self, weight: Quantized) -> Linear:
         columns, groups = weight.q.shape[1], weight.scale.shape[1]
         if weight.offset is not None or (groups > 1 and columns // groups % COLUMNS):
             return super().quantized_linear(weight)
         kind = INT8 if weight.bits == 8 else INT4
-        return NativeLinear(self._linear, kind, self.pack(kind, weight.q), weight.q.shape, weight.scale)
+        packed = Packed(kind, self.pack(kind, weight.q), blocked(weight.scale), groups)
+        return NativeLinear(self._linear, packed, weight.q.shape)
 
     def attention(
         self,
@@ -151,3 +194,7 @@ class NativeKernels(Kernels):
 def is_rows(x: torch.Tensor) -> bool:
     """True where the last two dimensions of (batch, tokens, heads, head_dim) lie end to end."""
     return x.stride(3) == 1 and x.stride(2) == x.shape[3]
+
+
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten().view(torch.uint8)

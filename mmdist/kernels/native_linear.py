@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import mmap
 import os
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from threading import Thread, get_native_id
 
 import torch
@@ -16,47 +17,40 @@ import torch.nn.functional as F
 from mmdist.blocks import COLUMNS, ROWS
 
 log = logging.getLogger("mmdist.kernels")
-# As linear.c numbers them.
-BF16, INT8, INT4 = range(3)
-BITS = {BF16: 16, INT8: 8, INT4: 4}
+# As block.h numbers them; BF12 is bfloat16 without loss in 12 bits (pack.c).
+BF16, INT8, INT4, BF12 = range(4)
+BITS = {BF16: 16, INT8: 8, INT4: 4, BF12: 12}
 NICE = 10  # of the thread that moves weights, behind the products that wait for a core
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A weight as mmdist_linear takes it. side: beside its words, integers' scales or what BF12 leaves over."""
+
+    kind: int
+    words: torch.Tensor
+    side: torch.Tensor | None = None
+    groups: int = 1
+
+    @cached_property
+    def arguments(self) -> tuple[int, int, int, int]:
+        side = 0 if self.side is None else self.side.data_ptr()
+        return self.kind, self.words.data_ptr(), side, self.groups
+
+
 class NativeLinear:
-    def __init__(
-        self,
-        run: Callable,
-        kind: int,
-        packed: torch.Tensor,
-        shape: tuple[int, ...],
-        scale: torch.Tensor | None = None,
-    ):
-        """run: mmdist_linear. packed: the weight of `shape` (out, in) in blocks; scale: (out, groups) for integers."""
-        self.run, self.kind, (self.out, self.columns) = run, kind, shape
-        self.scales = None if scale is None else blocked(scale)
-        self.groups = 1 if scale is None else scale.shape[1]
-        self.hold(packed)
-
-    def hold(self, packed: torch.Tensor) -> None:
-        """In one assignment: a product in another thread has the old memory or the new, and keeps it to its end."""
-        self.held = packed, packed.data_ptr(), 0 if self.scales is None else self.scales.data_ptr()
-
-    def move(self) -> None:
-        """The same bytes to memory of their own, in large pages."""
-        packed, address, _ = self.held
-        memory = huge_pages(packed.nbytes)
-        ctypes.memmove(memory.data_ptr(), address, packed.nbytes)  # leaves Python's lock, and takes one thread
-        self.hold(memory)
+    def __init__(self, run: Callable, packed: Packed, shape: tuple[int, ...]):
+        """run: mmdist_linear. packed: the weight of `shape` (out, in)."""
+        self.run, self.packed, (self.out, self.columns) = run, packed, shape
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         missing = -self.columns % COLUMNS
         x = F.pad(x, (0, missing)) if missing else x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.out)
         bias_address = 0 if bias is None else bias.data_ptr()
-        rows = y.numel() // self.out
-        _held, *addresses = self.held
+        packed = self.packed  # one look: a thread may put another form in its place meanwhile
         self.run(
-            self.kind, *addresses, self.groups, bias_address, x.data_ptr(), y.data_ptr(), rows, self.out,
+            *packed.arguments, bias_address, x.data_ptr(), y.data_ptr(), y.numel() // self.out, self.out,
             self.columns + missing,
         )  # fmt: skip
         return y
@@ -66,7 +60,8 @@ class Mover:
     """Moves weights out of files behind what else goes on: a file's small pages slow the stream of weights down, and
     filling fresh memory takes seconds that no one is to wait for."""
 
-    def __init__(self) -> None:
+    def __init__(self, move: Callable[[NativeLinear], Packed]) -> None:
+        self.move = move
         self.waiting: deque[NativeLinear] = deque()
         self.thread: Thread | None = None
 
@@ -81,7 +76,8 @@ class Mover:
             os.setpriority(os.PRIO_PROCESS, get_native_id(), NICE)  # Linux: of this thread alone
         try:
             while self.waiting:
-                self.waiting.popleft().move()
+                linear = self.waiting.popleft()
+                linear.packed = self.move(linear)
         except OSError as error:  # no memory: it works where it is
             log.warning("weights are used in their file from now on, which is slower: %s", error)
 

@@ -62,7 +62,7 @@ static void pack_head(void *arg, long item)
 
 static void dot_panel(const uint32_t *words, const uint32_t *x, long pairs, float *total)
 {
-    dot_block(BF16, MANY, words, x, pairs, total, total);
+    dot_block(BF16, MANY, words, x, pairs, total, 0, total);
 }
 
 /* A block of queries on its way through the context. */
