@@ -88,6 +88,17 @@ def test_pictures_are_forgotten_with_their_requests(mllama: Case) -> None:
     assert max(held) == 2
 
 
+def test_a_penalty_passes_by_what_has_no_logit(mllama: Case) -> None:
+    """<|image|> is the first id beyond the vocabulary."""
+
+    def work(engine: Engine) -> Any:
+        params = {"repetition_penalty": 1 + 1e-6, "max_new_tokens": 12, "ignore_eos": True}
+        outputs = answers(engine, [mllama.request(engine, i, **params) for i in mllama.items])
+        return {item_id: output.token_ids for item_id, output in outputs.items()}
+
+    assert run_engine(1, config_for(mllama), work) == golden_tokens(mllama)
+
+
 def test_more_pictures_than_can_be_remembered(mllama: Case) -> None:
     def work(engine: Engine) -> Any:
         return answers(engine, [mllama.request(engine, "pair"), mllama.request(engine, "no_image", max_new_tokens=1)])

@@ -1,4 +1,4 @@
-"""Put a split folder together as the folder it was cut from, or write a model's decoder as a folder of its own.
+"""Put a split folder together again, or write a model's decoder, or its networks as ONNX files, as a folder.
 
 Written to DST.partial and renamed when whole; run the same command again after a kill and it goes on where it stopped.
 export.json says where it comes from and has the hash of every tensor.
@@ -29,6 +29,7 @@ from weights_tools.display import size_words
 from weights_tools.folder import EXPORT, absolute, check_apart, check_target, copy_other_files
 from weights_tools.job import Files, FolderJob, add_job_arguments
 from weights_tools.layouts.source import few
+from weights_tools.static import options as static
 from weights_tools.values import count_bytes
 from weights_tools.whole import JoinedCheckpoint, open_whole
 
@@ -43,15 +44,22 @@ NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DIR", help="a folder made by split, or with --part decoder any checkpoint")
+    parser.add_argument(
+        "folder", metavar="DIR",
+        help="a folder made by split, or with --part decoder any checkpoint; with --static also a family's name",
+    )  # fmt: skip
     parser.add_argument("--dst", metavar="DIR", required=True, help="the folder to write")
     parser.add_argument(
         "--part", choices=["decoder"], help="the language model alone, as transformers' own class has it"
     )
+    static.add_arguments(parser)
     add_job_arguments(parser, ExportJob.verb)
 
 
 def run(args: argparse.Namespace) -> int:
+    static.check_options(args)
+    if args.static:
+        return static.run(args)
     folder, dst = absolute(args.folder), absolute(args.dst)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a folder made by weights_tools split, or a checkpoint")

@@ -7,6 +7,7 @@ errors says how far each weight is off. Exit code 0: all is well; 1: problems, o
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -149,7 +150,8 @@ def check_source(folder: Path) -> Iterator[str]:
                 del tensor
     if len(names) == len(files):
         yield from check_index(folder, names)
-        yield from check_plan(folder)
+        networks = recorded_networks(folder)
+        yield from check_plan(folder) if networks is None else check_networks(folder, networks)
 
 
 def recorded_hashes(folder: Path) -> tuple[str, dict[str, str]]:
@@ -161,6 +163,20 @@ def recorded_hashes(folder: Path) -> tuple[str, dict[str, str]]:
         if (folder / record).exists():
             return record, read_json(folder / record).get("sha256", {})  # older conversions have none
     return "", {}
+
+
+def recorded_networks(folder: Path) -> dict[str, str] | None:
+    """ONNX file -> sha256, where the tensors are those of such files."""
+    record = folder / EXPORT
+    return read_json(record).get("networks") if record.exists() else None
+
+
+def check_networks(folder: Path, networks: dict[str, str]) -> Iterator[str]:
+    for name, known in networks.items():
+        if not (folder / name).exists():
+            yield f"{folder / name} is missing"
+        elif hashlib.sha256((folder / name).read_bytes()).hexdigest() != known:
+            yield f"{folder / name} is damaged: its sha256 is not the one in {EXPORT}"
 
 
 def check_index(folder: Path, names: dict[str, list[str]]) -> Iterator[str]:

@@ -49,6 +49,7 @@ def sample(scores: Scores, sequence: Sequence) -> int:
 
 def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
     """CTRL's repetition penalty (arXiv:1909.05858): positive logits divided, negative ones multiplied."""
+    seen = seen[seen < len(logits)]  # <|image|> of some families can be read, not written
     values = logits[seen]
     return logits.index_put((seen,), torch.where(values > 0, values / penalty, values * penalty))
 
