@@ -1,45 +1,15 @@
-"""The machine's limits, measured beside every figure because a shared machine's drift by half within minutes."""
+"""What a checkpoint's weights come to, by which figures become shares of the limits (mmdist.performance.limits)."""
 
 from __future__ import annotations
 
 import json
-import mmap
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-GIB = 2**30
 LAYERS, HEAD = "language_model.model.layers.", "language_model.lm_head."
 BYTES_A_NUMBER = {"bf16": 2, "w8a16": 1, "w4a16": 0.5 + 4 / 128, "q8_0": 34 / 32, "q4_0": 18 / 32}
 OUR_INTEGERS = ("w8a16", "w4a16")  # which keep the head in bfloat16
-
-
-def best_s(run: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest run."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def read_bandwidth() -> float:
-    """GB/s of torch's maximum over 1 GiB in huge pages, the best of five: what a loop of AVX-512 loads in C reaches."""
-    with mmap.mmap(-1, GIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        data = torch.frombuffer(memory, dtype=torch.int32).fill_(1)
-        rate = data.nbytes / best_s(data.max, 5) / 1e9
-        del data  # a mapping that is looked at cannot be closed
-    return rate
-
-
-def matrix_rate() -> float:
-    """GFLOP/s of a bfloat16 product (2048 x 4096) x (4096 x 4096), the best of five."""
-    x, weight = torch.ones(2048, 4096, dtype=torch.bfloat16), torch.ones(4096, 4096, dtype=torch.bfloat16)
-    return 2 * x.numel() * len(weight) / best_s(lambda: torch.nn.functional.linear(x, weight), 5) / 1e9
 
 
 def count_numbers(checkpoint: Path) -> tuple[int, int]:

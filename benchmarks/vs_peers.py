@@ -23,10 +23,12 @@ from pathlib import Path
 
 import torch
 from bench_1b import FOLDER, make_bench_1b
-from limits import bytes_a_token, count_numbers, matrix_rate, read_bandwidth
+from limits import bytes_a_token, count_numbers
 from peer_cases import CASES, Case, first_tokens
 from systems import PEERS, System, our_system, peer_system
 from tqdm import tqdm
+
+from mmdist.performance.limits import matrix_rate, read_bandwidth
 
 LIMITS = {"GB/s": read_bandwidth, "GFLOP/s": matrix_rate}
 

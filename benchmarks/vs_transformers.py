@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from bench_1b import make_bench_1b
-from limits import read_bandwidth
 from tqdm import tqdm
 from transformers import LlavaNextForConditionalGeneration
 
@@ -28,6 +27,7 @@ from mmdist.engine.engine import Engine
 from mmdist.engine.load import load_engine
 from mmdist.engine.request import Request
 from mmdist.models.base import Prompt
+from mmdist.performance.limits import read_bandwidth
 from mmdist.tp import TP
 
 NEW_TOKENS = 24

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +17,7 @@ from mmdist.config import HardwareConfig, UserError
 from mmdist.cores import count_cores, pin
 
 GIB = 2**30
+RESET, RESET_PEAK = Path("/proc/self/clear_refs"), "5"  # linux, proc(5)
 log = logging.getLogger("mmdist.backend")
 
 
@@ -113,6 +116,37 @@ def init_npu(hardware: HardwareConfig, local_rank: int) -> Backend:
     npu.set_device(local_rank)
     npu.set_compile_mode(jit_compile=False)  # a 310P would compile every operation anew for each shape
     return Backend(torch.device("npu", local_rank), "cpu:gloo,npu:hccl", chip)
+
+
+def accelerator(device: torch.device) -> Any:
+    """torch.cuda, or torch.npu, which torch_npu gives the same functions."""
+    return getattr(torch, device.type)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what the device has been given to do."""
+    if device.type != "cpu":
+        accelerator(device).synchronize(device)
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Begin a new peak_memory(); False where there is none (a CPU without Linux's /proc, or with a closed one)."""
+    if device.type != "cpu":
+        accelerator(device).reset_peak_memory_stats(device)
+        return True
+    try:
+        RESET.write_text(RESET_PEAK)
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes of the device that this process held since reset_peak_memory(); on a CPU (Linux) its resident set."""
+    if device.type != "cpu":
+        return accelerator(device).max_memory_allocated(device)
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return next(int(words[1]) * 1024 for words in lines if words[0] == "VmHWM:")
 
 
 def memory_per_rank(hardware: HardwareConfig, device: str, world_size: int) -> int:

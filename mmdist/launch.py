@@ -25,13 +25,13 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from mmdist.agent import run_agent
 from mmdist.ascend import check_dtype
-from mmdist.backend import check_visible, find_device, init_backend, planned_device, threads_per_rank
+from mmdist.backend import Backend, check_visible, find_device, init_backend, planned_device, threads_per_rank
 from mmdist.config import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, Config, UserError
 from mmdist.engine.load import AnyEngine, asked_world_size, find_checkpoint, load_engine, split_world_size
 from mmdist.log import init_log
 from mmdist.models.family import check_world_size, find_model, legal_world_sizes, load_model_config
 from mmdist.tasks.job import make_output_dir
-from mmdist.tp import init_tp
+from mmdist.tp import TP, init_tp
 
 log = logging.getLogger("mmdist.launch")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -127,8 +127,8 @@ def run_rank(config: Config) -> int:
     log.info("world_size=%d on %s%s", size, backend.device.type, over)
     if rank == 0:
         make_output_dir(config)
-    engine = load_engine(config, tp, backend)
-    code = lead(task, config, engine) if rank == 0 else engine.follow()
+    engine = open_engine(task, config, tp, backend)
+    code = lead(task, config, engine) if rank == 0 else follow(task, config, engine)
     if size > 1:
         dist.barrier()  # no rank takes its connections away while another still reads from them
     return code
@@ -143,6 +143,16 @@ def lead(task: ModuleType, config: Config, engine: AnyEngine) -> int:
         raise
     engine.stop()
     return code
+
+
+def open_engine(task: ModuleType, config: Config, tp: TP, backend: Backend) -> AnyEngine:
+    """The task's own where it has one (to measure, it takes hold of what the engine is made of)."""
+    return task.open_engine(config, tp, backend) if hasattr(task, "open_engine") else load_engine(config, tp, backend)
+
+
+def follow(task: ModuleType, config: Config, engine: AnyEngine) -> int:
+    """The other ranks' part: their task's own where it has one, which ends as the engine's does, with stop()."""
+    return task.follow(config, engine) if hasattr(task, "follow") else engine.follow()
 
 
 def become_rank(run: Callable[[], int]) -> NoReturn:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mmdist.config import DTYPES, Config, SamplingParams, key, require
+from mmdist.config import DTYPES, Config, EngineConfig, SamplingParams, key, require
 
 RECORDS = ("none", "logits", "layers")
 
@@ -122,10 +122,55 @@ class DoctorConfig(TableConfig):
     pass
 
 
+@dataclass
+class PerformanceConfig(VideoConfig, Config):
+    batch_sizes: list[int] = key([1, 2, 4, 8], "how many equal requests are begun at once; a point each")
+    input_len: int | None = key(
+        None, "tokens of a prompt, its picture's among them; default: what prompt= and the picture come to"
+    )
+    output_len: int = key(256, "tokens of an answer; none ends before (model=vlmo answers at once)")
+    image: str | None = key(None, "the picture of every request; default: none, or the shipped checkpoint's")
+    video: str | None = key(None, "a video instead: a file that PyAV reads, or frames as .npy")
+    prompt: str = key("Describe it in detail.", "the question of every request")
+    repeats: int = key(3, "how often a point is measured; medians and spread are over these")
+    warmup: int = key(1, "runs of a point before that")
+    climb: bool = key(False, "after batch_sizes, double the batch until memory, max_tpot_ms or max_batch_size ends it")
+    max_tpot_ms: float | None = key(None, "with climb=true: the longest median time per output token")
+    max_batch_size: int = key(256, "with climb=true: the largest batch, for which the engine reserves")
+    profile: bool = key(False, "also write a Chrome trace of each rank and batch size, of a run with a few tokens")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_video()
+        sizes = self.batch_sizes
+        require(bool(sizes) and min(sizes) > 0, "batch_sizes", sizes, "whole numbers above 0, as in [1,2,4]")
+        for name in ("input_len", "output_len", "repeats", "max_batch_size"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "a whole number above 0")
+        require(self.warmup >= 0, "warmup", self.warmup, "a whole number, 0 or above")
+        require(self.image is None or self.video is None, "video", self.video, "a picture or a video, not both")
+        require(self.max_tpot_ms is None or self.climb, "max_tpot_ms", self.max_tpot_ms, "climb=true beside it")
+        require(self.max_tpot_ms is None or self.max_tpot_ms > 0, "max_tpot_ms", self.max_tpot_ms, "above 0")
+        self.engine = self.fit_engine()
+
+    def fit_engine(self) -> EngineConfig:
+        """Places for the largest batch, and where the lengths are known no more tokens than they come to."""
+        engine = self.engine
+        largest = max([*self.batch_sizes, self.max_batch_size] if self.climb else self.batch_sizes)
+        total = None if self.input_len is None else self.input_len + self.output_len
+        return replace(
+            engine,
+            max_num_seqs=largest,
+            max_pictures=largest,
+            max_model_len=engine.max_model_len or total,
+        )
+
+
 # The schema of each task, by the name of its yaml and of its file.
 TASKS: dict[str, type[Config]] = {
     "chat": ChatConfig,
     "generate": GenerateConfig,
+    "performance": PerformanceConfig,
     "precision": PrecisionConfig,
     "plan": PlanConfig,
     "doctor": DoctorConfig,

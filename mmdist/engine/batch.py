@@ -42,6 +42,11 @@ class Batch:
     kept_memories: list[str] = field(default_factory=list)
     new_memories: list[NewMemory] = field(default_factory=list)
 
+    @property
+    def phase(self) -> str:
+        """What the step is (mmdist.spans): decode, or prefill as soon as any prompt is in it."""
+        return "decode" if all(query_len == 1 for query_len in self.query_lens) else "prefill"
+
 
 @dataclass
 class Scheduled:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from mmdist.backend import Backend
 from mmdist.config import EngineConfig, UserError
 from mmdist.engine.record import Recorder, list_stages
 from mmdist.engine.request import Output, Request, failed
+from mmdist.kernels.kernels import Kernels
 from mmdist.models.base import EncoderModel, Processor, Prompt
+from mmdist.spans import Spans
 from mmdist.tp import TP
 
 DEFAULT_TOP = 5  # answers named when top_k does not say how many
@@ -54,9 +55,17 @@ class EncoderEngine:
     """processor is rank 0's; other ranks pass None and call follow()."""
 
     def __init__(
-        self, model: EncoderModel, tp: TP, config: EngineConfig, backend: Backend, *, processor: Processor | None
+        self,
+        model: EncoderModel,
+        tp: TP,
+        config: EngineConfig,
+        kernels: Kernels,
+        *,
+        processor: Processor | None,
+        spans: Spans,
     ):
-        self.model, self.tp, self.processor, self.device = model, tp, processor, backend.device
+        self.model, self.tp, self.processor, self.device = model, tp, processor, kernels.device
+        self.spans, self.kernels = spans, kernels
         self.max_num_seqs = config.max_num_seqs
         self.recorder: Recorder | None = None
 
@@ -94,8 +103,10 @@ class EncoderEngine:
     def _choose(self, request: Request, scores: torch.Tensor) -> Answer:
         """scores: (answers,)"""
         count = request.params.top_k if request.params.top_k > 0 else DEFAULT_TOP
-        logits, labels = (best.tolist() for best in scores.topk(min(count, len(scores))))
-        answers = [self.prompts.decode([label]) for label in labels]
+        with self.spans("sample"):
+            logits, labels = (best.tolist() for best in scores.topk(min(count, len(scores))))
+        with self.spans("detokenise"):
+            answers = [self.prompts.decode([label]) for label in labels]
         if request.prompt.truncated:
             log.warning("request %s: the question is too long for the model; its end is left out", request.id)
         return Answer(
@@ -128,12 +139,19 @@ class EncoderEngine:
     @torch.inference_mode()
     def encode(self, prompts: list[Prompt], kind: str) -> torch.Tensor:
         """-> (batch, scores or features) on the CPU; rank 0 only."""
-        hidden, mask = self.model.embed(prompts, kind)
-        self.tp.broadcast_object(EncoderBatch(kind, tuple(hidden.shape), mask))
-        return self.model.head(self._forward(hidden, mask, kind), kind).cpu()
+        with self.spans("vision"):
+            hidden, mask = self.model.embed(prompts, kind)
+        with self.spans("broadcast"):
+            self.tp.broadcast_object(EncoderBatch(kind, tuple(hidden.shape), mask))
+        hidden = self._forward(hidden, mask, kind)
+        with self.spans("sample"):
+            return self.model.head(hidden, kind).cpu()
 
     def _forward(self, hidden: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
-        return self.model(self.tp.broadcast(hidden), mask.to(self.device), kind)
+        with self.spans("broadcast"):
+            self.tp.broadcast(hidden)
+        with self.spans("prefill"):
+            return self.model(hidden, mask.to(self.device), kind)
 
     @torch.inference_mode()
     def follow(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
+import torch
 from torch.nn import Module
 
 from mmdist.config import EngineConfig, UserError
@@ -23,6 +24,7 @@ from mmdist.engine.sampler import Scores, logprobs_entry, num_candidates, sample
 from mmdist.engine.scheduler import Scheduler
 from mmdist.kernels.kernels import Kernels
 from mmdist.models.base import MultimodalModel, Processor
+from mmdist.spans import Spans
 from mmdist.tp import TP
 
 
@@ -38,11 +40,13 @@ class Engine:
         *,
         processor: Processor | None,
         eos_token_ids: set[int],
+        spans: Spans,
     ):
+        self.spans, self.kernels = spans, kernels
         self.tp, self.processor, self.eos_token_ids = tp, processor, eos_token_ids
-        shape = cache_shape(model, config)
+        self.cache_shape = shape = cache_shape(model, config)
         self.max_model_len = shape.max_model_len
-        self.runner = Runner(model, PagedCache(shape, model.dtype, kernels), tp, kernels)
+        self.runner = Runner(model, PagedCache(shape, model.dtype, kernels), tp, kernels, spans)
         self.scheduler = Scheduler(config, BlockManager(shape.num_blocks, shape.block_size))
         self.sequences: dict[str, Sequence] = {}
         self.recorder: Recorder | None = None
@@ -76,6 +80,10 @@ class Engine:
         return list_stages(self.model)
 
     @property
+    def device(self) -> torch.device:
+        return self.runner.device
+
+    @property
     def prompts(self) -> Processor:
         assert self.processor is not None, "text enters and leaves through rank 0"
         return self.processor
@@ -93,8 +101,10 @@ class Engine:
         batch = build_batch(scheduled, self.scheduler.running)
         batch.candidates = [num_candidates(item.sequence.request.params) for item in scheduled if item.samples]
         memories = take_memories(scheduled, batch)
-        self.tp.broadcast_object(batch)
-        scores = self.runner.score(batch, image_embeds(scheduled), memories)
+        with self.spans("broadcast"):
+            self.tp.broadcast_object(batch)
+        with self.spans(batch.phase):
+            scores = self.runner.score(batch, image_embeds(scheduled), memories)
         if self.recorder is not None:
             self.recorder.take_step(scheduled, batch, scores)
         return self._finish_step(scheduled, scores)
@@ -103,7 +113,8 @@ class Engine:
         """The other ranks' life: compute what rank 0 sends, until it stops; returns the exit code 0."""
         while (batch := self.tp.broadcast_object(None)) is not None:
             if batch.input_ids:
-                self.runner.score(batch)
+                with self.spans(batch.phase):
+                    self.runner.score(batch)
         return 0
 
     def keep_alive(self) -> None:
@@ -136,7 +147,8 @@ class Engine:
     def _encode_images(self, sequence: Sequence) -> None:
         vision = sequence.request.prompt.vision
         if vision and sequence.image_embeds is None:
-            sequence.image_embeds = self.runner.encode_images(vision)
+            with self.spans("vision"):
+                sequence.image_embeds = self.runner.encode_images(vision)
             if self.recorder is not None:
                 self.recorder.take_pictures(sequence.request.id)
 
@@ -149,16 +161,19 @@ class Engine:
     def _advance(self, sequence: Sequence, scores: Scores) -> Output:
         """Sample a sequence's next token and say what is new."""
         params = sequence.request.params
-        token_id = sample(scores, sequence)
+        with self.spans("sample"):
+            token_id = sample(scores, sequence)
         if params.logprobs is not None:
             sequence.logprobs.append(logprobs_entry(scores.logits, token_id, params.logprobs))
         sequence.output_ids.append(token_id)
-        reason = self._finish_reason(sequence, token_id)
+        with self.spans("detokenise"):
+            reason = self._finish_reason(sequence, token_id)
+            delta = sequence.detokenizer.take(finished=reason is not None)
         if reason is not None:
             self.abort(sequence.request.id)
         return Output(
             id=sequence.request.id,
-            delta=sequence.detokenizer.take(finished=reason is not None),
+            delta=delta,
             text=sequence.detokenizer.text,
             prompt_token_ids=sequence.request.prompt.token_ids,
             token_ids=sequence.output_ids,

@@ -29,10 +29,12 @@ from mmdist.models.quantized import cast, check_plain, hold_as_stored, quantise_
 from mmdist.plan import Plan, shard_plan
 from mmdist.quant import FOLLOWS, Ascend, Scheme, WeightFormat
 from mmdist.quant_files import check_description, find_format
+from mmdist.spans import Spans
 from mmdist.tp import TP
 from mmdist.weights import Checkpoint, open_checkpoint
 
 AnyEngine = Engine | EncoderEngine
+NOT_MEASURED = Spans()
 log = logging.getLogger("mmdist.load")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -142,7 +144,7 @@ def find_quant(config: Config) -> tuple[WeightFormat | None, Scheme | None]:
     return None, Scheme(int(asked[1]), config.quant.group_size)
 
 
-def load_engine(config: Config, tp: TP, backend: Backend) -> AnyEngine:
+def load_engine(config: Config, tp: TP, backend: Backend, spans: Spans = NOT_MEASURED) -> AnyEngine:
     model, plan, checkpoint, model_config = open_model(config, tp, backend.device.type, hash_ahead=True)
     config = replace(config, engine=engine_settings(config, backend.chip))
     settings = fit_memory(config, model, plan, tp, backend)
@@ -154,10 +156,10 @@ def load_engine(config: Config, tp: TP, backend: Backend) -> AnyEngine:
     on_rank_zero = tp.rank == 0
     processor = type(model).load_processor(checkpoint.folder, model_config, config.model) if on_rank_zero else None
     if isinstance(model, EncoderModel):
-        return EncoderEngine(model, tp, settings, backend, processor=processor)
+        return EncoderEngine(model, tp, settings, kernels, processor=processor, spans=spans)
     assert isinstance(model, MultimodalModel), f"no engine runs {type(model).__name__}"
     eos = find_eos(checkpoint.folder, model_config)
-    return Engine(model, tp, settings, kernels, processor=processor, eos_token_ids=eos)
+    return Engine(model, tp, settings, kernels, processor=processor, eos_token_ids=eos, spans=spans)
 
 
 def choose_kernels(config: Config, backend: Backend, dtype: torch.dtype) -> Kernels:

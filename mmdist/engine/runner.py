@@ -13,12 +13,14 @@ from mmdist.engine.sampler import Scores
 from mmdist.kernels.kernels import Kernels
 from mmdist.models.base import MultimodalModel
 from mmdist.models.decoder import Step
+from mmdist.spans import Spans
 from mmdist.tp import TP
 
 
 class Runner:
-    def __init__(self, model: MultimodalModel, cache: PagedCache, tp: TP, kernels: Kernels):
+    def __init__(self, model: MultimodalModel, cache: PagedCache, tp: TP, kernels: Kernels, spans: Spans):
         self.model, self.cache, self.tp, self.kernels, self.device = model, cache, tp, kernels, cache.device
+        self.spans = spans
         self.memories: dict[str, Any] = {}
         self.keeps_all = False  # every layer computes every token, for who watches the layers
         self.has_scored = False
@@ -91,13 +93,18 @@ class Runner:
             rows = (
                 encoded[i] if self.tp.rank == 0 else torch.empty(new.shape, dtype=self.cache.dtype, device=self.device)
             )
-            self.memories[new.id] = self.model.remember(self.tp.broadcast(rows), new.memory)
+            with self.spans("broadcast"):
+                self.tp.broadcast(rows)
+            self.memories[new.id] = self.model.remember(rows, new.memory)
 
     def share_image_embeds(self, num_rows: int, image_embeds: Sequence[torch.Tensor]) -> torch.Tensor:
         """Rank 0's (rows, hidden) image embeddings to all."""
         embeds = torch.cat(list(image_embeds)) if image_embeds else self.no_embeds(num_rows)
         assert len(embeds) == num_rows or self.tp.rank > 0, f"{len(embeds)} image rows for {num_rows} image tokens"
-        return self.tp.broadcast(embeds) if num_rows else embeds
+        if num_rows:
+            with self.spans("broadcast"):
+                self.tp.broadcast(embeds)
+        return embeds
 
     def no_embeds(self, num_rows: int) -> torch.Tensor:
         return torch.empty(num_rows, self.model.hidden_size, dtype=self.cache.dtype, device=self.device)
