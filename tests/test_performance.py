@@ -61,7 +61,7 @@ def test_prompts_have_exactly_the_length_asked_for() -> None:
 @pytest.fixture(autouse=True)
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured of the machine says nothing here, and takes seconds."""
-    monkeypatch.setattr(limits, "PRODUCTS", {"cpu": (64, 64, 64)})
+    monkeypatch.setattr(limits, "PRODUCT", (64, 64, 64))
     monkeypatch.setattr(limits, "MIN_READ_BYTES", 2**20)
     monkeypatch.setattr(limits, "READ_BYTES", 2**20)
 

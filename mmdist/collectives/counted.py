@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import perf_counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from mmdist.collectives.distributed import Collectives
 
 T = TypeVar("T")
+HOST = torch.device("cpu")
 
 
 class CountedCollectives:
@@ -24,40 +25,44 @@ class CountedCollectives:
     def reset(self) -> None:
         self.calls = self.bytes = 0
         self.seconds = 0.0
-        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.events: list[tuple[Any, Any]] = []  # before and after each call on a card
 
     def time_s(self) -> float:
         """Inside collectives since reset()."""
-        if self.events:
-            torch.cuda.synchronize()
+        for _, last in self.events[-1:]:
+            last.synchronize()
         return self.seconds + sum(first.elapsed_time(last) for first, last in self.events) / 1000
 
     def all_sum(self, x: torch.Tensor) -> None:
-        self._run(lambda: self.inner.all_sum(x), x.is_cuda)
+        self._run(lambda: self.inner.all_sum(x), x.device)
         self.bytes += x.nbytes
 
     def all_max(self, x: torch.Tensor) -> None:
-        self._run(lambda: self.inner.all_max(x), x.is_cuda)
+        self._run(lambda: self.inner.all_max(x), x.device)
         self.bytes += x.nbytes
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        gathered = self._run(lambda: self.inner.all_gather(x), x.is_cuda)
+        gathered = self._run(lambda: self.inner.all_gather(x), x.device)
         self.bytes += gathered.nbytes
         return gathered
 
     def broadcast(self, x: torch.Tensor) -> None:
-        self._run(lambda: self.inner.broadcast(x), x.is_cuda)
+        self._run(lambda: self.inner.broadcast(x), x.device)
         self.bytes += x.nbytes
 
     def broadcast_bytes(self, data: bytes) -> bytes:
-        received = self._run(lambda: self.inner.broadcast_bytes(data), False)
+        received = self._run(lambda: self.inner.broadcast_bytes(data), HOST)
         self.bytes += len(received)
         return received
 
-    def _run(self, call: Callable[[], T], on_device: bool) -> T:
+    def device_group(self, device: torch.device) -> str | None:
+        """What a kernel reduces by itself is not seen here."""
+        return self.inner.device_group(device)
+
+    def _run(self, call: Callable[[], T], device: torch.device) -> T:
         self.calls += 1
-        if on_device:  # waiting for the device at every call would change what is measured
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if device.type != "cpu":  # waiting for the device at every call would change what is measured
+            first, last = (getattr(torch, device.type).Event(enable_timing=True) for _ in range(2))
             first.record()
             result = call()
             last.record()

@@ -24,7 +24,7 @@ from mmdist.tp import TP
 CPU = torch.device("cpu")
 REPEATS, ENOUGH_S = 5, 1.0
 READ_BYTES, MIN_READ_BYTES = GIB, GIB // 4  # of all ranks, and of one: more than caches hold
-PRODUCTS = {"cpu": (2048, 4096, 4096), "cuda": (8192, 8192, 8192)}  # rows, columns, inner
+PRODUCT, CARD_PRODUCT = (2048, 4096, 4096), (8192, 8192, 8192)  # rows, columns, inner
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def matrix_rate(
     dtype: torch.dtype = torch.bfloat16,
 ) -> float:
     """GFLOP/s of a product, on a CPU (2048 x 4096) x (4096 x 4096)."""
-    rows, columns, inner = PRODUCTS[device.type]
+    rows, columns, inner = PRODUCT if device.type == "cpu" else CARD_PRODUCT
     x, weight = (torch.ones(count, inner, dtype=dtype, device=device) for count in (rows, columns))
     return tp.size * 2 * rows * columns * inner / best_s(lambda: F.linear(x, weight), tp, device) / 1e9
 

@@ -74,7 +74,9 @@ class Measuring:
         self.workload = build_workload(config, engine)
         self.case = find_case(self.workload, engine)
         self.capacity = check_batch_sizes(config, engine, self.case)
-        self.report = Report(Path(str(config.output_dir)), describe_config(config, engine), describe_machine())
+        self.report = Report(
+            Path(str(config.output_dir)), describe_config(config, engine), describe_machine(engine.device)
+        )
         self.span_cost_s = cost_s()
         self.work = self.ranks.work()
         self.limits = [self.ranks.limits()]
