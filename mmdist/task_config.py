@@ -64,9 +64,6 @@ class GenerateConfig(VideoConfig, SamplingParams, Config):
         require(self.texts is not None, "texts", None, "a file of texts, one a line, with images=")
         require(self.input is None, "input", self.input, "nothing beside images= and texts=")
         require(self.prompt is None, "prompt", self.prompt, "nothing beside images= and texts=")
-        require(
-            self.record == "none", "record", self.record, "none with images= and texts=, whose file has all numbers"
-        )
 
 
 @dataclass
@@ -95,6 +92,10 @@ class PrecisionConfig(VideoConfig, SamplingParams, Config):
         Config.__post_init__(self)
         SamplingParams.__post_init__(self)
         self.check_video()
+        for name, other in (("images", self.texts), ("texts", self.images)):
+            missing = getattr(self, name) is None and other is not None
+            require(not missing, name, None, "images=FOLDER and texts=FILE together")
+        require(self.images is None or self.data is None, "data", self.data, "nothing beside images= and texts=")
         require(self.temperature == 0, "temperature", self.temperature, "0: only greedy answers can be compared")
         dtype = self.reference_dtype
         require(dtype is None or dtype in DTYPES, "reference_dtype", dtype, "|".join(DTYPES))

@@ -125,12 +125,15 @@ class EncoderEngine:
             truncated=request.prompt.truncated,
         )
 
-    def features(self, prompts: Iterable[Prompt]) -> Iterator[torch.Tensor]:
-        """(batch, width) features of pictures, or of texts, batch by batch."""
+    def features(self, prompts: Iterable[Prompt], names: Iterable[str] = ()) -> Iterator[torch.Tensor]:
+        """(batch, width) features of pictures, or of texts, batch by batch; names: by which they are recorded."""
         self.check_compares()
-        source = iter(prompts)
+        source, called = iter(prompts), iter(names)
         while batch := list(islice(source, self.max_num_seqs)):
-            yield self.encode(batch, self.model.kind(batch[0]))
+            features = self.encode(batch, self.model.kind(batch[0]))
+            if self.recorder is not None:
+                self.recorder.save_batch(list(islice(called, len(batch))), features)
+            yield features
 
     def check_compares(self) -> None:
         if not self.model.compares:

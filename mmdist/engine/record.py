@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,11 @@ def record_path(folder: Path, request_id: str) -> Path:
     return folder / f"{hashlib.sha256(request_id.encode()).hexdigest()[:32]}.safetensors"
 
 
+@dataclass
 class Record:
     """One request's file."""
 
-    def __init__(self, path: Path):
-        with safe_open(path, "pt") as file:
-            self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            self.stages: list[str] = json.loads(file.metadata()["stages"])
+    tensors: dict[str, torch.Tensor]
 
     @property
     def logits(self) -> torch.Tensor | None:
@@ -51,12 +50,19 @@ class Record:
 
     @property
     def layers(self) -> dict[str, torch.Tensor]:
-        return {name: self.tensors[LAYER + name] for name in self.stages}
+        """By stage, in the order of the computation."""
+        return {name.removeprefix(LAYER): rows for name, rows in self.tensors.items() if name.startswith(LAYER)}
 
 
 def load_record(answers: Path, request_id: str) -> Record | None:
+    """What was recorded of a request beside a file of answers; None if nothing was."""
     path = record_path(record_folder(answers), request_id)
-    return Record(path) if path.exists() else None
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        stages = json.loads(file.metadata()["stages"])
+        names = ["logits", *(LAYER + stage for stage in stages)]
+        return Record({name: file.get_tensor(name) for name in names})
 
 
 def list_stages(model: nn.Module) -> dict[str, nn.Module]:
@@ -111,6 +117,11 @@ class Recorder:
             if not sequence.output_ids:
                 row = {len(batch.input_ids): batch.logits_rows[place], len(batch.logits_rows): place}
                 self.take(sequence.request.id, {name: xs[0][row[len(xs[0])]][None] for name, xs in seen.items()})
+
+    def save_batch(self, request_ids: Sequence[str], features: torch.Tensor) -> None:
+        self.take_batch(request_ids, features)
+        for request_id in request_ids:
+            self.save(request_id)
 
     def take_batch(self, request_ids: Iterable[str], scores: torch.Tensor) -> None:
         """Scores (batch, answers) or features, and the layers' (batch, tokens, width), of an encoder."""

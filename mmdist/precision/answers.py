@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ SHOWN = 5  # ids or settings named in an error, tokens of a divergence
 
 @dataclass
 class Answers:
-    """What task=generate wrote: its lines by id."""
+    """What task=generate wrote: its lines by id. records: what was recorded, where it is not beside the file."""
 
     path: Path
     lines: dict[str, dict[str, Any]]
+    records: dict[str, Record] = field(default_factory=dict)
 
     def record(self, request_id: str) -> Record | None:
-        return load_record(self.path, request_id)
+        return self.records.get(request_id) or load_record(self.path, request_id)
 
     @property
     def failed(self) -> dict[str, str]:

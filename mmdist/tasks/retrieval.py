@@ -14,8 +14,10 @@ from tqdm import tqdm
 from mmdist.config import UserError
 from mmdist.engine.encoder import EncoderEngine
 from mmdist.engine.load import AnyEngine
+from mmdist.engine.record import Recorder, record_folder
 from mmdist.models.base import EncoderModel, Prompt
 from mmdist.models.family import find_model
+from mmdist.precision.scores import pair_ids
 from mmdist.task_config import GenerateConfig
 from mmdist.tasks.media import PICTURE_SUFFIXES, find_file, load_image
 
@@ -42,15 +44,19 @@ def run(config: GenerateConfig, engine: AnyEngine) -> int:
     num_truncated = sum(prompt.truncated for prompt in prompts)
     if num_truncated:
         log.warning("%d of %d texts are too long for the model; their ends are left out", num_truncated, len(texts))
+    if config.record == "layers":
+        engine.recorder = Recorder(record_folder(output), engine.stages())
+    names = [name for name, _ in images]
+    image_ids, text_ids = pair_ids(names, texts)
     with tqdm(total=len(images) + len(texts), disable=not sys.stderr.isatty()) as bar:
-        text_features = gather(engine.features(prompts), bar)
-        image_features = gather(engine.features(picture_prompts(engine, (file for _, file in images))), bar)
+        text_features = gather(engine.features(prompts, text_ids), bar)
+        image_features = gather(engine.features(picture_prompts(engine, (file for _, file in images)), image_ids), bar)
     save(
         output,
         logits_per_image=engine.compare(image_features, text_features).numpy(),
         image_features=image_features.numpy(),
         text_features=text_features.numpy(),
-        image_names=np.array([name for name, _ in images]),
+        image_names=np.array(names),
         texts=np.array(texts),
         truncated=np.array([prompt.truncated for prompt in prompts]),
     )
