@@ -82,11 +82,11 @@ class PrecisionConfig(VideoConfig, SamplingParams, Config):
     answers: str | None = key(None, "a file of answers to check, instead of asking this engine")
     reference_dtype: str | None = key(None, "dtype= of a reference that is computed; default: dtype=")
     layers: bool = key(False, "compare every layer's output too, and name the first that drifts")
-    max_logit_error: float = key(1e-3, "threshold: largest difference of a logit (or, of saved files, log probability)")
-    max_rms_error: float = key(1e-4, "threshold: root of the mean squared difference of the logits")
-    max_kl: float = key(1e-6, "threshold: largest KL(reference || ours) of a position, in nats")
+    max_logit_error: float = key(1e-4, "threshold: largest difference of a logit (or, of saved files, log probability)")
+    max_rms_error: float = key(1e-5, "threshold: root of the mean squared difference of the logits")
+    max_kl: float = key(1e-9, "threshold: largest KL(reference || ours) of a position, in nats")
     min_token_agreement: float = key(1.0, "threshold: share of tokens before the first divergence; near ties apart")
-    max_layer_error: float = key(1e-4, "with layers=true, where a layer drifts: RMS of the difference over RMS")
+    max_layer_error: float = key(1e-5, "with layers=true, where a layer drifts: RMS of the difference over RMS")
 
     def __post_init__(self) -> None:
         Config.__post_init__(self)

@@ -18,6 +18,7 @@ from mmdist.precision.answers import Answers, Distribution, distribution, text_o
 NEAR_TIE_NATS = 0.125
 NEAR_TIE_RANK = 2
 HEAD = "head"  # as a stage, what makes the logits of the first token
+FIRST = ("vision.", "embeddings.")  # stages before all others, though a request without pictures has none
 
 
 @dataclass
@@ -180,7 +181,7 @@ def compare_layers(names: Iterable[str], reference: Answers, ours: Answers) -> l
             total = sums.setdefault(stage, [0.0, 0.0])
             total[0] += float((own.double() - theirs.double()).square().sum())
             total[1] += float(theirs.double().square().sum())
-    ordered = sorted(sums, key=lambda stage: (stage == HEAD, stage.startswith("decoder.")))  # stable: pictures first
+    ordered = sorted(sums, key=lambda stage: (stage == HEAD, not stage.startswith(FIRST)))  # stable
     return [LayerError(stage, relative_error(*sums[stage])) for stage in ordered]
 
 
