@@ -19,7 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench_1b import FOLDER, REPOSITORY, make_bench_1b
+from bench_1b import FOLDER, make_bench_1b
+from random_checkpoint import REPOSITORY
 
 TRANSFORMERS = """
 import sys, torch

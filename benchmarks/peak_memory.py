@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench_1b import REPOSITORY, make_bench_1b
+from bench_1b import make_bench_1b
+from random_checkpoint import REPOSITORY
 
 LAUNCH = [sys.executable, str(REPOSITORY / "launch.py")]
 SHAPES = REPOSITORY / "assets" / "llava_next-shapes"

@@ -11,7 +11,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from bench_1b import REPOSITORY
+from random_checkpoint import REPOSITORY
 from worker import Worker
 
 WORKERS = REPOSITORY / "benchmarks" / "peers"
