@@ -2,8 +2,8 @@
 
     PYTHON_WITH_GGUF benchmarks/peers/write_gguf.py CHECKPOINT FILE.gguf bf16|q8_0|q4_0
 
-All matrices, embedding and head among them, get the type asked for (llama.cpp's own quantiser would keep the head at
-six bits, which reads more); norms are float32. No tokenizer: the benchmark sends token ids. Needs numpy and gguf.
+In bfloat16 with norms in float32; the other types are made of that by llama.cpp's own quantiser with its defaults
+(q4_0: the head in six bits). No tokenizer: the benchmark sends token ids. Needs numpy, gguf and llama_cpp.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
+import llama_cpp
 import numpy as np
 
+QUANTISED = {"q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}
 PREFIX = "language_model."
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 LAYER = {
@@ -26,10 +28,23 @@ LAYER = {
 
 
 def write_gguf(checkpoint: Path, target: Path, kind: str) -> None:
+    if kind == "bf16":
+        write_bfloat16(checkpoint, target)
+        return
+    whole = target.with_name(f"{target.name}.bf16")
+    write_bfloat16(checkpoint, whole)
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = QUANTISED[kind]
+    code = llama_cpp.llama_model_quantize(str(whole).encode(), str(target).encode(), params)
+    whole.unlink()
+    assert code == 0, f"llama_model_quantize: {code}"
+
+
+def write_bfloat16(checkpoint: Path, target: Path) -> None:
     text = json.loads((checkpoint / "config.json").read_text())["text_config"]
     writer = gguf.GGUFWriter(target, "llama", use_temp_file=True)
     add_shape(writer, text)
-    matrix_type = gguf.GGMLQuantizationType[kind.upper()]
+    matrix_type = gguf.GGMLQuantizationType.BF16
     for name, tensor in bfloat16_tensors(checkpoint / "model.safetensors"):
         if tensor.ndim == 1:
             writer.add_tensor(gguf_name(name), tensor)
