@@ -59,11 +59,11 @@ class Kernels:
         return torch.stack([plain.prefill_attention(*part, scale=scale, window=window) for part in parts])
 
     def masked_attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, *, scale: float
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, *, scale: float
     ) -> torch.Tensor:
         """q (queries, heads, head_dim) over k, v (context, kv_heads, head_dim) -> q's shape. mask: which keys a query
-        sees, (queries, context) bool; None: all."""
-        return plain.masked_attention(q, k, v, mask, scale=scale)
+        sees, (queries, context) bool."""
+        return plain.masked_attention(q, k, v, None if mask.all() else mask, scale=scale)
 
     def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
         """x * sigmoid(1.702 x), CLIP's approximation of GELU."""

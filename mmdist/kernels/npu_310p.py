@@ -45,7 +45,7 @@ class Kernels310P(NpuKernels):
         return torch.cat([prompt_attention(*part, mask=mask, scale=scale) for part in parts])
 
     def masked_attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, *, scale: float
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, *, scale: float
     ) -> torch.Tensor:
         return prompt_attention(q[None], k[None], v[None], mask=mask, scale=scale)[0]
 

@@ -52,7 +52,7 @@ class Kernels910B(NpuKernels):
         return fused_attention(q, k, v, hidden_by(mask), scale=scale)
 
     def masked_attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, *, scale: float
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, *, scale: float
     ) -> torch.Tensor:
         return fused_attention(q[None], k[None], v[None], hidden_by(mask), scale=scale)[0]
 

@@ -120,8 +120,7 @@ class CrossAttention(nn.Module):
             # A token that sees no picture attends to all of them (transformers 4.46.3); only its MLP is then dropped.
             mask = mask | ~mask.any(1, keepdim=True)
             mask = mask.repeat_interleave(len(k) // mask.shape[1], dim=1)
-            seen = None if mask.all() else mask
-            out.append(self.kernels.masked_attention(rows, k, v, seen, scale=self.head_dim**-0.5))
+            out.append(self.kernels.masked_attention(rows, k, v, mask, scale=self.head_dim**-0.5))
         return self.o_proj(torch.cat(out).flatten(1))
 
 
