@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import IO
+from contextlib import contextmanager, nullcontext, suppress
+from importlib.util import find_spec
 
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -23,17 +20,21 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rendezvous
 
 from mmdist.config import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, LauncherConfig, UserError
+from mmdist.hccl import hccl_environment
+from mmdist.ports import lock_ports
 
 log = logging.getLogger("mmdist.launch")
 PORTS = range(20030, 20051)
 HOST = "127.0.0.1"
+LOST_PEER = ("LostPeer", "Connection", "gloo", "HCCL", "Hccl", "EI0002", "EI0006", "EI0019", "EJ0003")
 SHUTDOWN_S = 5  # from SIGTERM to SIGKILL for the ranks that are left when one has failed
 
 
 def run_agent(command: list[str], size: int, config: LauncherConfig, threads: int) -> int:
     """Run `command` as `size` ranks of `threads` CPU threads; the job's exit code, a failure's cause on stderr."""
     port_taken, folder = take_port(config), tempfile.TemporaryDirectory(prefix="mmdist-")
-    with port_taken as port, folder as log_dir, rank_environment(threads):
+    hccl = hccl_environment(config.timeout_s) if find_spec("torch_npu") else nullcontext(dict[str, str]())
+    with port_taken as port, hccl as variables, folder as log_dir, rank_environment(threads, variables):
         log.info("starting %d ranks, MASTER_PORT=%d", size, port)
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we report failures ourselves
         agent = build_agent(command, size, port, log_dir)
@@ -46,13 +47,14 @@ def run_agent(command: list[str], size: int, config: LauncherConfig, threads: in
 
 
 @contextmanager
-def rank_environment(threads: int) -> Iterator[None]:
+def rank_environment(threads: int, variables: dict[str, str]) -> Iterator[None]:
     """What the ranks inherit beyond the user's own environment, which wins."""
     ours = {
         "MMDIST_AGENT": str(os.getpid()),
         # SIGINT is ours: rank 0 decides what Ctrl-C means (a chat only stops its answer).
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGHUP,SIGQUIT",
         "OMP_NUM_THREADS": str(threads),
+        **variables,
     }
     added = {name: value for name, value in ours.items() if name not in os.environ}
     os.environ.update(added)
@@ -122,9 +124,10 @@ def report(failures: dict[int, ProcessFailure]) -> int:
 
 
 def order(failure: ProcessFailure) -> tuple:
-    """Causes before consequences: a lost connection to a rank that died says nothing of its own."""
+    """Causes before consequences: a lost connection to a rank that died says nothing of its own, whether gloo, shm or
+    HCCL (EI0006 and the like) reports it."""
     killed = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
-    lost_peer = any(word in str(failure.message) for word in ("LostPeer", "Connection", "gloo"))
+    lost_peer = any(word in str(failure.message) for word in LOST_PEER)
     return (failure.exitcode != EXIT_USER_ERROR, not killed, lost_peer, failure.timestamp)
 
 
@@ -135,34 +138,10 @@ def take_port(config: LauncherConfig) -> Iterator[int]:
     if asked and not asked.isdigit():
         raise UserError(f"MASTER_PORT={asked}: expected a port number; unset it, or give launcher.master_port=PORT")
     for port in [int(asked)] if asked else PORTS:
-        lock = lock_port(port)
+        lock = lock_ports([port])
         if lock is not None:
             with lock:
                 yield port
             return
     what = f"port {asked} is" if asked else f"ports {PORTS[0]}-{PORTS[-1]} are all"
     raise UserError(f"{what} in use; choose a free one with launcher.master_port=PORT")
-
-
-def lock_port(port: int) -> IO | None:
-    """A lock file held while the job lives, or None when another job or program has the port."""
-    lock = (Path(tempfile.gettempdir()) / f"mmdist-{os.getuid()}-port-{port}.lock").open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        return None
-    if is_port_free(port):
-        return lock
-    lock.close()
-    return None
-
-
-def is_port_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True

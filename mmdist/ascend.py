@@ -103,7 +103,7 @@ def explain_import(error: str) -> str:
 
 def check_versions() -> None:
     ours, theirs = base_version("torch"), base_version("torch-npu")
-    if theirs and theirs.split(".")[:2] != ours.split(".")[:2]:
+    if theirs and not f"{theirs}.".startswith(f"{ours}."):
         raise UserError(f"torch_npu {theirs} is not for torch {ours}; pip install torch-npu=={ours}.*")
 
 

@@ -16,8 +16,8 @@ REPOSITORY = Path(__file__).parents[1]
 FLOORS = (
     ("mmdist.config", "mmdist.log"),
     ("mmdist.task_config",),
-    ("mmdist.native", "mmdist.cores", "mmdist.ascend"),
-    ("mmdist.collectives",),
+    ("mmdist.native", "mmdist.cores", "mmdist.ascend", "mmdist.ports"),
+    ("mmdist.collectives", "mmdist.hccl"),
     ("mmdist.backend", "mmdist.tp", "mmdist.blocks", "mmdist.agent", "mmdist.spans"),
     ("mmdist.plan", "mmdist.manifest"),
     ("mmdist.quant",),

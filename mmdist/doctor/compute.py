@@ -81,7 +81,7 @@ def cache() -> Finding:
 
 def collectives(hardware: HardwareConfig, device: str) -> Finding:
     if device != "cpu":
-        return Finding("collectives", "nccl")
+        return Finding("collectives", "hccl" if device == "npu" else "nccl")
     if hardware.collectives == "gloo":
         return Finding("collectives", "gloo, as asked")
     try:

@@ -6,11 +6,12 @@ import os
 import resource
 from pathlib import Path
 
-from mmdist.agent import PORTS, is_port_free
+from mmdist.agent import PORTS
 from mmdist.backend import GIB
 from mmdist.config import HardwareConfig, LauncherConfig
 from mmdist.cores import count_cores, numa_nodes
 from mmdist.doctor.finding import Finding
+from mmdist.ports import is_port_free
 
 CGROUP = Path("/sys/fs/cgroup")
 SHM = Path("/dev/shm")

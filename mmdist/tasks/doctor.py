@@ -16,6 +16,7 @@ from mmdist.doctor import compute, machine, packages
 from mmdist.doctor.ascend import ascend
 from mmdist.doctor.exchange import exchange
 from mmdist.doctor.finding import Finding, broken
+from mmdist.doctor.npu import npu
 from mmdist.task_config import DoctorConfig
 
 ON_RANKS = False
@@ -46,6 +47,7 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
     yield packages.python()
     yield packages.packages(packages.required_packages())
     yield from (found for found in (packages.cuda_build(), ascend()) if found is not None)
+    yield from npu(config)
     device = "cpu"
     try:
         device = find_device(config.hardware)
