@@ -42,7 +42,9 @@ def chip(request: Any) -> Iterator[str]:
 @pytest.fixture
 def kernels(chip: str) -> NpuKernels:
     torch.manual_seed(0)
-    return npu_kernels(CPU, chip)
+    kernels = npu_kernels(CPU, chip)
+    assert isinstance(kernels, NpuKernels)
+    return kernels
 
 
 def half(*shape: int) -> torch.Tensor:
@@ -123,6 +125,24 @@ def test_the_cache(kernels: NpuKernels, head_dim: int, window: int | None) -> No
         torch.testing.assert_close(got, want, **CLOSE)
     x = half(2, sum(heads) * head_dim)
     got, want = (cache.decode(x.clone(), [[2, 0], [1]], [188, 31], window) for cache in caches)
+    torch.testing.assert_close(got, want, **CLOSE)
+
+
+@pytest.mark.parametrize("window", (None, 20))
+def test_torch_alone(window: int | None) -> None:
+    """hardware.kernels=plain."""
+    kernels, heads = npu_kernels(CPU, "plain"), (4, 2, 2)
+    q, k, v, mask = half(2, 5, 4, 16), half(2, 9, 2, 16), half(2, 9, 2, 16), torch.rand(5, 9) < 0.7
+    torch.testing.assert_close(kernels.attention(q, k, v, scale=0.3), plain.full_attention(q, k, v, scale=0.3), **CLOSE)
+    got, want = (some.masked_attention(q[0], k[0], v[0], mask, scale=0.3) for some in (kernels, Kernels(CPU)))
+    torch.testing.assert_close(got, want, **CLOSE)
+    caches = [Cache(some, 16, 16, heads) for some in (kernels, Kernels(CPU))]
+    for first, last in ((0, 19), (19, 30)):
+        x = half(last - first, 8 * 16)
+        got, want = (cache.prefill(x.clone(), [2, 0], first, last, window) for cache in caches)
+        torch.testing.assert_close(got, want, **CLOSE)
+    x = half(1, 8 * 16)
+    got, want = (cache.decode(x.clone(), [[2, 0]], [31], window) for cache in caches)
     torch.testing.assert_close(got, want, **CLOSE)
 
 

@@ -164,8 +164,8 @@ def load_engine(config: Config, tp: TP, backend: Backend, spans: Spans = NOT_MEA
 
 def choose_kernels(config: Config, backend: Backend, dtype: torch.dtype) -> Kernels:
     """hardware.kernels for a model of `dtype`."""
-    if backend.chip is not None and config.hardware.kernels != "plain":
-        return npu_kernels(backend.device, backend.chip.name)
+    if backend.chip is not None:
+        return npu_kernels(backend.device, "plain" if config.hardware.kernels == "plain" else backend.chip.name)
     return find_kernels(config.hardware.kernels, backend.device, dtype)
 
 

@@ -28,9 +28,9 @@ GROUP_STEP = 32  # columns that share a scale
 MATMUL_ROWS = 1024  # queries whose scores matmul_attention holds at once
 
 
-def npu_kernels(device: torch.device, chip: str) -> NpuKernels:
-    """Those of one of CHIPS."""
-    kernels: NpuKernels = import_module(f"mmdist.kernels.npu_{chip}").KERNELS(device)
+def npu_kernels(device: torch.device, chip: str) -> Kernels:
+    """Those of one of CHIPS; or "plain", torch's own."""
+    kernels: Kernels = import_module(f"mmdist.kernels.npu_{chip}").KERNELS(device)
     return kernels
 
 

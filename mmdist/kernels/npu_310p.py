@@ -193,7 +193,7 @@ class PagedAttention310P(NpuPagedAttention):
         self, layer: int, q: torch.Tensor, tables: DecodeTables, *, scale: float, window: int | None
     ) -> torch.Tensor:
         if not sees_all(tables, window):
-            return self.decode_by_matmul(layer, q, tables, scale=scale, window=window)
+            return super().decode(layer, q, tables, scale=scale, window=window)
         q = q.contiguous()
         out = torch.empty_like(q)
         kv_heads = self.k.layers[layer].shape[1] * TILE // q.shape[2]

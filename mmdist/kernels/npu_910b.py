@@ -146,7 +146,7 @@ class PagedAttention910B(NpuPagedAttention):
         self, layer: int, q: torch.Tensor, tables: DecodeTables, *, scale: float, window: int | None
     ) -> torch.Tensor:
         if not sees_all(tables, window):
-            return self.decode_by_matmul(layer, q, tables, scale=scale, window=window)
+            return super().decode(layer, q, tables, scale=scale, window=window)
         return self.over_blocks(layer, q[:, None], tables.block_tables, tables.lens, scale=scale)[:, 0]
 
     def over_blocks(

@@ -1,4 +1,4 @@
-"""What the caches of both Ascend chips share: rotating, and contexts of which a layer sees a window alone."""
+"""What the caches of both Ascend chips share: rotating, and what is done where no operation does it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,17 @@ class NpuPages(Pages):
         raise NotImplementedError("keys and values are written together")
 
 
-class NpuPagedAttention(PagedAttention):
+class MatmulPagedAttention(PagedAttention):
+    def decode(
+        self, layer: int, q: torch.Tensor, tables: DecodeTables, *, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """Over keys and values that are gathered."""
+        keys, values = (pages.read(layer, tables.slots) for pages in (self.k, self.v))
+        mask = tables.mask(window)
+        return matmul_attention(q[:, None], keys, values, None if mask is None else mask[:, :, None], scale=scale)[:, 0]
+
+
+class NpuPagedAttention(MatmulPagedAttention):
     def __init__(self, k: Pages, v: Pages):
         assert isinstance(k, NpuPages) and isinstance(v, NpuPages), "of the same kernels"
         self.k: NpuPages = k
@@ -42,14 +52,6 @@ class NpuPagedAttention(PagedAttention):
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: Slots) -> None:
         """(tokens, kv_heads, head_dim) each."""
         raise NotImplementedError
-
-    def decode_by_matmul(
-        self, layer: int, q: torch.Tensor, tables: DecodeTables, *, scale: float, window: int | None
-    ) -> torch.Tensor:
-        """Over keys and values that are gathered."""
-        keys, values = (pages.read(layer, tables.slots) for pages in (self.k, self.v))
-        mask = tables.mask(window)
-        return matmul_attention(q[:, None], keys, values, None if mask is None else mask[:, :, None], scale=scale)[:, 0]
 
 
 def rotate(qkv: torch.Tensor, heads: Sequence[int], rope: tuple[torch.Tensor, torch.Tensor]) -> QKV:
