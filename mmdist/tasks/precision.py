@@ -121,6 +121,11 @@ def saved_settings(answers: Answers) -> dict[str, dict[str, Any]]:
     return {name: line["params"] for name, line in answers.lines.items() if "params" in line}
 
 
+def says_settings(answers: Answers) -> bool:
+    """False where some answers were generated in ways that the file does not tell."""
+    return all("params" in line for line in answers.lines.values() if "token_ids" in line and "error" not in line)
+
+
 def compare(config: PrecisionConfig, sides: tuple[Side, Side], reference: Answers, ours: Answers) -> Verdict:
     check_ids(reference.lines, ours.lines, sides[0].where)
     check_settings(saved_settings(reference), saved_settings(ours), sides[0].where)
@@ -128,7 +133,7 @@ def compare(config: PrecisionConfig, sides: tuple[Side, Side], reference: Answer
     failed = {"reference": reference.failed, "ours": ours.failed}
     names = [name for name in ours.lines if not any(name in errors for errors in failed.values())]
     compared = [compare_request(name, reference, ours) for name in names]
-    if config.data is not None:
+    if any(side.saved is None for side in sides) and config.data is not None:
         name_tokens(config, compared)
     layers = compare_layers(names, reference, ours) if config.layers else []
     if config.layers and not layers:
@@ -137,7 +142,11 @@ def compare(config: PrecisionConfig, sides: tuple[Side, Side], reference: Answer
             "FILE.record beside it"
         )
     limits = Limits(**{f.name: getattr(config, f.name) for f in fields(Limits)})
-    return judge(compared, layers, limits, {side.name: side.words for side in sides}, failed)
+    verdict = judge(compared, layers, limits, {side.name: side.words for side in sides}, failed)
+    for side, answers in zip(sides, (reference, ours), strict=True):
+        if not says_settings(answers):
+            verdict.notes.append(f"{side.where} does not say its generation settings, which may differ")
+    return verdict
 
 
 def name_tokens(config: PrecisionConfig, compared: list[Compared]) -> None:

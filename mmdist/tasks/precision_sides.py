@@ -15,6 +15,7 @@ from mmdist.config import EXIT_FAILED, EXIT_USER_ERROR, UserError
 from mmdist.engine.load import AnyEngine, find_checkpoint
 from mmdist.engine.record import record_folder
 from mmdist.log import init_log
+from mmdist.models.family import check_folder, find_model
 from mmdist.precision.answers import Answers, check_ids, read_answers
 from mmdist.precision.scores import read_scores
 from mmdist.precision.transformers_side import TransformersEngine, check_family
@@ -42,8 +43,8 @@ class Side:
 
     @property
     def where(self) -> str:
-        """A saved side, as the user named it."""
-        return f"{self.key}={self.saved}"
+        """As the user named it."""
+        return f"{self.key}={self.saved or self.words}"
 
 
 def make_sides(config: PrecisionConfig) -> tuple[Side, Side]:
@@ -72,6 +73,7 @@ def make_reference(config: PrecisionConfig) -> Side:
         return Side("reference", "reference", words, in_transformers=True, replaced=dtype)
     path = Path(config.reference)
     if path.is_dir():
+        check_folder(find_model(config.model.name), path)
         words = f"this engine, {path}, world_size={config.world_size}{dtype_words}, quant=auto"
         return Side("reference", "reference", words, replaced={"checkpoint": path, "quant": "auto", **dtype})
     if not path.exists():
