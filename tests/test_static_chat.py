@@ -44,7 +44,7 @@ def prompts(golden: Case) -> dict[str, Prompt]:
 
 @pytest.fixture(scope="module")
 def model(static_golden: Path) -> StaticModel:
-    return StaticModel(static_golden, set())
+    return StaticModel(static_golden)
 
 
 class Noted:
@@ -259,6 +259,8 @@ def test_a_full_conversation_begins_anew(static_shapes: Path, capsys: pytest.Cap
         (["--devid", "1"], "--devid 1: onnxruntime runs on the CPU here"),
         (["-i", "no_such.png"], "no_such.png"),
         (["-m", str(Case("mllama").checkpoint)], "embedding.onnx: missing; give a folder made by weights_tools export"),
+        (["-m", "no_such", "-t", "."], "no_such/embedding.onnx: missing; give a folder"),
+        (["-t", "no_such"], "no_such: no such folder; give one of tokenizer"),
     ],
 )
 def test_mistakes_are_one_line(static_golden: Path, argv: list[str], words: str, capsys: pytest.CaptureFixture) -> None:

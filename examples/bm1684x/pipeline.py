@@ -29,10 +29,13 @@ class Pipeline:
     def __init__(self, args: argparse.Namespace):
         folder = Path(args.model_path)
         tokenizer = Path(args.tokenizer_path) if args.tokenizer_path is not None else folder
+        if not tokenizer.is_dir():
+            raise UserError(f"{tokenizer}: no such folder; give one of tokenizer and processor files as -t")
+        self.model = StaticModel(folder)
         family = find_model("mllama")
         config = load_model_config(family, folder)
+        self.model.eos_token_ids = find_eos(tokenizer, config)
         self.processor = family.load_processor(tokenizer, config, ModelConfig(name="mllama"))
-        self.model = StaticModel(folder, find_eos(tokenizer, config))
         self.sampling = read_sampling(args)
         self.prompted, self.enable_history = args.prompt_mode == "prompted", args.enable_history
         self.image = None if args.image_path is None else load_image(Path(args.image_path))
@@ -155,8 +158,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         Pipeline(args).chat()
-    except UserError as error:
-        print(f"pipeline.py: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"pipeline.py: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

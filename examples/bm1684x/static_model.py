@@ -49,10 +49,13 @@ class Network:
 
 
 class StaticModel:
-    """One conversation's state and the networks. tokens: those of prompt and answer so far."""
+    """One conversation's state and the networks.
 
-    def __init__(self, folder: Path, eos_token_ids: set[int]):
-        self.eos_token_ids = eos_token_ids
+    eos_token_ids: those that end an answer. tokens: of prompt and answer so far. past: per block, keys and values.
+    """
+
+    def __init__(self, folder: Path):
+        self.eos_token_ids: set[int] = set()
         self.embedding, self.embedding_cache, self.lm_head, self.greedy_head, self.sample_head = (
             Network(folder / f"{name}.onnx")
             for name in ("embedding", "embedding_cache", "lm_head", "greedy_head", "penalty_sample_head")
