@@ -130,7 +130,9 @@ class PerformanceConfig(VideoConfig, Config):
         None, "tokens of a prompt, its picture's among them; default: what prompt= and the picture come to"
     )
     output_len: int = key(256, "tokens of an answer; none ends before (model=vlmo answers at once)")
-    image: str | None = key(None, "the picture of every request; default: none, or the shipped checkpoint's")
+    image: str | None = key(
+        None, "the picture of every request; default: none (with the shipped checkpoint its own picture or video)"
+    )
     video: str | None = key(None, "a video instead: a file that PyAV reads, or frames as .npy")
     prompt: str = key("Describe it in detail.", "the question of every request")
     repeats: int = key(3, "how often a point is measured; medians and spread are over these")

@@ -68,7 +68,7 @@ def measured_point(
         },
         "peak_memory_gib": highest_memory(runs),
         **shares,
-        "share_of_measuring": middle.num_spans * span_cost_s / seconds,
+        "share_of_measuring": (middle.num_spans + middle.ranks[0].collective_calls) * span_cost_s / seconds,
     }
 
 

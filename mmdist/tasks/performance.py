@@ -38,10 +38,11 @@ log = logging.getLogger("mmdist.performance")
 
 
 def check(config: PerformanceConfig) -> None:
-    if (image := find_image(config)) is not None:
+    image, video = find_media(config)
+    if image is not None:
         load_image(image)
-    if config.video is not None:
-        load_video(Path(config.video), config.video_frames)
+    if video is not None:
+        load_video(video, config.video_frames)
 
 
 def open_engine(config: PerformanceConfig, tp: TP, backend: Backend) -> AnyEngine:
@@ -53,7 +54,8 @@ def open_engine(config: PerformanceConfig, tp: TP, backend: Backend) -> AnyEngin
 
 def run(config: PerformanceConfig, engine: AnyEngine) -> int:
     measuring = Measuring(config, engine)
-    with tqdm(unit="run", disable=not sys.stderr.isatty()) as bar:
+    total = None if config.climb else len(config.batch_sizes) * (config.warmup + config.repeats)
+    with tqdm(total=total, unit="run", disable=not sys.stderr.isatty()) as bar:
         for batch_size in measuring.batch_sizes():
             measuring.measure(batch_size, bar)
     points = measuring.report.content["points"]
@@ -142,33 +144,32 @@ def mean(limits: list[Limits], reckon: Callable[[list[float]], float] = statisti
     )
 
 
-def find_image(config: PerformanceConfig) -> Path | None:
-    """image=, or with the shipped checkpoint the shipped picture."""
-    if config.image is not None:
-        return Path(config.image)
-    if config.checkpoint is None and config.video is None and config.model.demo_image is not None:
-        return REPOSITORY / config.model.demo_image
-    return None
+def find_media(config: PerformanceConfig) -> tuple[Path | None, Path | None]:
+    """(image=, video=), or with the shipped checkpoint the shipped ones."""
+    image, video = config.image, config.video
+    if config.checkpoint is None and image is None and video is None:
+        shipped = (config.model.demo_image, config.model.demo_video)
+        image, video = (None if name is None else str(REPOSITORY / name) for name in shipped)
+    return None if image is None else Path(image), None if video is None else Path(video)
 
 
 def build_workload(config: PerformanceConfig, engine: AnyEngine) -> Workload:
-    image, video, prompts = find_image(config), config.video, engine.prompts
-    num_pictures, num_videos = int(image is not None), int(video is not None)
+    prompts, (image, video) = engine.prompts, find_media(config)
     if video is not None:
-        check_takes_video(prompts, video)
-    message = user_message(config.prompt, num_pictures, num_videos)
+        check_takes_video(prompts, str(video))
+    message = user_message(config.prompt, int(image is not None), int(video is not None))
 
     def make() -> Prompt:
-        media: dict[str, Any] = {"images": [load_image(image)] if image is not None else []}
+        media: dict[str, Any] = {"images": [] if image is None else [load_image(image)]}
         if video is not None:
-            media["videos"] = [load_video(Path(video), config.video_frames)]
+            media["videos"] = [load_video(video, config.video_frames)]
         if isinstance(engine, EncoderEngine) and engine.model.compares and image is not None:
             return prompts.prompt(**media)  # a picture or a text, not both
         return prompts.prompt(messages=[message], **media)
 
-    frames = len(load_video(Path(video), config.video_frames)) if video is not None else 0
+    frames = 0 if video is None else len(load_video(video, config.video_frames))
     output_len = 1 if isinstance(engine, EncoderEngine) else config.output_len
-    return Workload(make, config.input_len, output_len, num_pictures, frames)
+    return Workload(make, config.input_len, output_len, int(image is not None), frames)
 
 
 @torch.inference_mode()
