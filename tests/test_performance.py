@@ -19,7 +19,7 @@ from vlmo_cases import inputs
 
 import launch
 from mmdist import spans
-from mmdist.config import EngineConfig, UserError
+from mmdist.config import EngineConfig, HardwareConfig, UserError
 from mmdist.models.base import Prompt
 from mmdist.performance import limits
 from mmdist.performance.figures import Case as Point
@@ -154,7 +154,8 @@ def test_climbs_until_it_is_too_slow(mistral: Case) -> None:
             "holds 16 requests of 20 tokens",
         ),
         ({"output_len": 600}, "output_len=600 come to"),
-        ({"input_len": 600}, "the model was made for at most 512 tokens"),
+        ({"input_len": 600}, "a prompt of 600 tokens"),
+        ({"hardware": HardwareConfig(memory_gib=0.001)}, "lower engine.max_num_seqs=3 .*; batch_sizes= .* sets it"),
         ({"video": "clip.npy"}, "this family takes pictures only"),
     ],
 )
@@ -193,8 +194,9 @@ def test_an_inner_span_is_not_its_outer_ones(monkeypatch: pytest.MonkeyPatch) ->
     assert timed.entered == {"prefill": [9, 6], "broadcast": [3]}
 
 
-def test_vlmo_answers_at_once() -> None:
-    keys = {**vars(vlmo_config("vlmo_vqa")), "image": str(inputs("vlmo_vqa") / "mono.png"), "batch_sizes": [3]}
+@pytest.mark.parametrize("case", ["vlmo_vqa", "vlmo_retrieval"])
+def test_vlmo_answers_at_once(case: str) -> None:
+    keys = {**vars(vlmo_config(case)), "image": str(inputs("vlmo_vqa") / "mono.png"), "batch_sizes": [3]}
     config = PerformanceConfig(**{**keys, "warmup": 0, "output_dir": "."})
     engine = performance.open_engine(config, TP(), CPU)
     assert performance.run(config, engine) == 0

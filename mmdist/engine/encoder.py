@@ -159,11 +159,15 @@ class EncoderEngine:
     @torch.inference_mode()
     def follow(self) -> int:
         """The other ranks' life: compute what rank 0 sends, until it stops; returns the exit code 0."""
-        while (batch := self.tp.broadcast_object(None)) is not None:
+        while (batch := self._receive()) is not None:
             if batch.kind:
                 hidden = torch.empty(batch.shape, dtype=self.model.dtype, device=self.device)
                 self._forward(hidden, batch.mask, batch.kind)
         return 0
+
+    def _receive(self) -> EncoderBatch | None:
+        with self.spans("broadcast"):
+            return self.tp.broadcast_object(None)
 
     @torch.inference_mode()
     def compare(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:

@@ -111,11 +111,15 @@ class Engine:
 
     def follow(self) -> int:
         """The other ranks' life: compute what rank 0 sends, until it stops; returns the exit code 0."""
-        while (batch := self.tp.broadcast_object(None)) is not None:
+        while (batch := self._receive()) is not None:
             if batch.input_ids:
                 with self.spans(batch.phase):
                     self.runner.score(batch)
         return 0
+
+    def _receive(self) -> Batch | None:
+        with self.spans("broadcast"):
+            return self.tp.broadcast_object(None)
 
     def keep_alive(self) -> None:
         """Let the other ranks know, while there is nothing to do, that rank 0 is still there."""

@@ -49,7 +49,12 @@ def open_engine(config: PerformanceConfig, tp: TP, backend: Backend) -> AnyEngin
     """An engine whose collectives are counted and whose phases are timed."""
     counted = tp if tp.group is None else replace(tp, group=CountedCollectives(tp.group))
     spans = TimedSpans(partial(synchronize, backend.device), traced=config.profile)
-    return load_engine(config, counted, backend, spans)
+    try:
+        return load_engine(config, counted, backend, spans)
+    except UserError as error:
+        if "engine.max_num_seqs=" not in str(error):
+            raise
+        raise UserError(f"{error}; batch_sizes= (with climb=true max_batch_size=) is what sets it") from error
 
 
 def run(config: PerformanceConfig, engine: AnyEngine) -> int:
