@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -86,6 +87,20 @@ def load_torch_npu() -> ModuleType:
         return import_module("torch_npu")
     except Exception as error:  # ImportError, OSError, RuntimeError: whatever CANN and the driver make of it
         raise UserError(explain_import(str(error))) from error
+
+
+def spare_transformers() -> None:
+    """Before transformers is imported: it imports an installed torch_npu by itself, and dies where CANN is not sourced.
+
+    There it shall not see one; npu_problem() remembers why.
+    """
+    if "torch_npu" in sys.modules or find_spec("torch_npu") is None:
+        return
+    try:
+        ctypes.CDLL("libhccl.so")
+    except OSError:
+        npu_problem()
+        sys.modules["torch_npu"] = None  # type: ignore[assignment]  # as the import system has it
 
 
 def explain_import(error: str) -> str:

@@ -6,13 +6,21 @@ import logging
 import os
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmdist.ascend import VISIBLE, Chip, check_cards, check_machine, find_chip, load_torch_npu, npu_problem
+from mmdist.ascend import (
+    VISIBLE,
+    Chip,
+    base_version,
+    check_cards,
+    check_machine,
+    find_chip,
+    load_torch_npu,
+    npu_problem,
+)
 from mmdist.config import HardwareConfig, UserError
 from mmdist.cores import count_cores, pin
 from mmdist.hccl import obsolete_variables
@@ -46,7 +54,7 @@ def find_device(hardware: HardwareConfig) -> str:
 
 def is_npu_there() -> bool:
     """What hardware=auto goes by; a torch_npu that cannot be used is said so, once."""
-    if find_spec("torch_npu") is None:
+    if not base_version("torch-npu"):
         return False
     problem = npu_problem()
     if problem:

@@ -48,6 +48,10 @@ class DistributedCollectives:
         dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type == "npu":  # ProcessGroupHCCL would fill and pad a list's parts first
+            out = x.new_empty((self.size, *x.shape))
+            dist.all_gather_single(out, x.contiguous(), group=self.group)
+            return out.movedim(0, -2).flatten(-2)
         parts = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.cat(parts, dim=-1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mmdist.ascend import spare_transformers
 from mmdist.config import REPOSITORY, UserError
 from mmdist.models.base import Model
 from mmdist.models.quantized import linears
@@ -24,6 +25,7 @@ def list_models() -> list[str]:
 def find_model(name: str) -> type[Model]:
     if name not in list_models() or find_spec(f"mmdist.models.{name}") is None:
         raise UserError(f"model={name}: no file mmdist/models/{name}.py; there are: {', '.join(list_models())}")
+    spare_transformers()
     return import_module(f"mmdist.models.{name}").MODEL
 
 
