@@ -3,7 +3,7 @@ PYTHON ?= python3
 MODEL ?= llava_next
 BIN := .venv/bin
 
-.PHONY: demo test check format shapes pairs bench-peers
+.PHONY: demo test test-npu check format shapes pairs bench-peers
 demo: .venv/installed
 	$(BIN)/python launch.py model=$(MODEL)
 
@@ -26,6 +26,17 @@ pairs: .venv/installed
 	$(BIN)/python launch.py task=generate model=vlmo checkpoint=build/vlmo_retrieval-shapes \
 		images=build/pairs/pictures texts=build/pairs/texts.txt output=build/pairs/scores.npz
 	$(BIN)/python examples/shapes/pairs.py --score build/pairs/scores.npz
+
+# The Ascend path through the real torch_npu on an emulated CANN (tests/npu), in an environment of its own.
+NPU := build/npu-venv
+test-npu: $(NPU)/installed
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(NPU)/bin/python -m pytest tests/npu
+
+$(NPU)/installed: pyproject.toml
+	$(PYTHON) -m venv $(NPU)
+	$(NPU)/bin/pip install --quiet torch==2.13.0 torch-npu==2.13.0 setuptools pyyaml
+	$(NPU)/bin/pip install --quiet --editable '.[dev]'
+	touch $@
 
 # What benchmarks/vs_peers.py compares us with, each in an environment of its own; llama.cpp builds in ten minutes.
 PEERS := build/peers
