@@ -115,7 +115,8 @@ def run_side(side: Side, config: PrecisionConfig, ids: Iterable[str], folder: Pa
         answers = read_side(output, side.key)
         check_ids(answers.lines, ids, str(output))
     except UserError as error:
-        log.error("the side %s (%s) has failed, its own message is above; %s", side.name, side.words, error)
+        why = error if code == 0 else f"exit code {code} before all was answered, its own message is above"
+        log.error("the side %s (%s) has failed: %s", side.name, side.words, why)
         return code or EXIT_FAILED
     return answers
 
