@@ -31,6 +31,7 @@ FREE_TEXT_KEYS = (
     "answers",
     "checkpoint",
     "output_dir",
+    "compare",
     "model.chat_template",
 )
 

@@ -75,10 +75,17 @@ class JobRunner:
         names = {f.name for f in fields(legal)}
         kept = [word for word in self.words if key_of(word) in names - replaced.keys()]
         added = [f"{name}={value}" for name, value in replaced.items() if value is not None]
-        libc = ctypes.CDLL(None)  # looked up before the fork, after which little is safe
-        watch = partial(libc.prctl, PR_SET_PDEATHSIG, signal.SIGTERM) if sys.platform == "linux" else None
-        with subprocess.Popen([*self.program, *kept, *added], preexec_fn=watch) as job:
+        with subprocess.Popen([*self.program, *kept, *added], preexec_fn=end_with_us()) as job:
             return job.wait()
+
+
+def end_with_us() -> Callable[[], int] | None:
+    """What a child process runs first, so that it is asked to end when this one is gone, even by kill -9."""
+    if sys.platform != "linux":
+        return None
+    return partial(
+        ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGTERM
+    )  # found before a fork, as little is safe after
 
 
 def key_of(word: str) -> str:

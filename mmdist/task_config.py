@@ -141,6 +141,9 @@ class PerformanceConfig(VideoConfig, Config):
     max_tpot_ms: float | None = key(None, "with climb=true: the longest median time per output token")
     max_batch_size: int = key(256, "with climb=true: the largest batch, for which the engine reserves")
     profile: bool = key(False, "also write a Chrome trace of each rank and batch size, of a run with a few tokens")
+    resume: bool = key(False, "keep what output_dir= has measured of the same settings, with -m whole jobs")
+    compare: str | None = key(None, "a performance.json of before: print ratios, exit code 1 if anything is worse")
+    max_regression: float = key(0.1, "with compare=: how much worse is allowed, as a share")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,6 +157,8 @@ class PerformanceConfig(VideoConfig, Config):
         require(self.image is None or self.video is None, "video", self.video, "a picture or a video, not both")
         require(self.max_tpot_ms is None or self.climb, "max_tpot_ms", self.max_tpot_ms, "climb=true beside it")
         require(self.max_tpot_ms is None or self.max_tpot_ms > 0, "max_tpot_ms", self.max_tpot_ms, "above 0")
+        require(not self.resume or self.output_dir is not None, "resume", self.resume, "output_dir=FOLDER to go on in")
+        require(self.max_regression >= 0, "max_regression", self.max_regression, "0 or above, as a share: 0.1")
         self.engine = self.fit_engine()
 
     def fit_engine(self) -> EngineConfig:

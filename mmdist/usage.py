@@ -20,6 +20,8 @@ Examples
   python launch.py task=plan checkpoint=DIR world_size=4 format=json
   python launch.py task=doctor                                     what this machine has, and what is in the way
   python launch.py -m task=generate input=requests.jsonl world_size=1,2
+  python launch.py -m task=performance model=llava,llava_next world_size=1,2 output_dir=sweep
+  python launch.py task=performance checkpoint=DIR compare=old/performance.json
   torchrun --nproc-per-node 2 launch.py checkpoint=DIR image=FILE prompt=TEXT
 Values of prompt=, image=, input= and other paths are taken as they stand; quote them for the shell only."""
 

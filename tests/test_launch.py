@@ -171,7 +171,7 @@ def test_two_jobs_at_once(tmp_path: Path) -> None:
 def test_sweep_runs_one_job_a_point(tmp_path: Path) -> None:
     result = run("-m", *MODEL, *BOAT, "world_size=1,2")
     assert (result.returncode, result.stdout) == (0, 2 * ANSWER), result.stderr
-    jobs = sorted(tmp_path.glob("multirun/*/*/[01]"))
+    jobs = [next(tmp_path.glob(f"multirun/*/*/world_size={size}")) for size in (1, 2)]
     assert [json.loads((job / "config.json").read_text())["world_size"] for job in jobs] == [1, 2]
     assert not (tmp_path / "outputs").exists()
 

@@ -31,6 +31,7 @@ FLOORS = (
     ("mmdist.doctor", "mmdist.performance", "mmdist.precision"),
     ("mmdist.tasks",),
     ("mmdist.launch", "mmdist.usage", "weights_tools"),
+    ("mmdist.sweep",),
     ("launch",),
 )
 FILES = [REPOSITORY / "launch.py", *REPOSITORY.glob("mmdist/**/*.py"), *REPOSITORY.glob("weights_tools/**/*.py")]

@@ -43,12 +43,18 @@ class Report:
             "config": config,
             "machine": machine,
             "limits": None,
+            "complete": False,
             "points": [],
         }
 
     def add(self, point: dict[str, Any], limits: dict[str, Any]) -> None:
         self.content["points"].append(point)
         self.content["limits"] = limits
+        self.write()
+
+    def finish(self) -> None:
+        """There is no more to come."""
+        self.content["complete"] = True
         self.write()
 
     def write(self) -> None:
@@ -58,10 +64,10 @@ class Report:
         write_whole(self.folder / "performance.md", markdown(self.content))
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """A reader, or a kill, finds the old file or the new one."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(path)
 
 

@@ -1,14 +1,29 @@
-"""The one output folder of a job, made by rank 0."""
+"""The one output folder of a job, made by rank 0; and what a sweep knows of its jobs."""
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
 from mmdist.config import Config, UserError
+
+
+@dataclass
+class SweepJob:
+    """words: its command line; changed: those of its keys that the sweep changes; config: None where problem says why.
+
+    status: "ok", "failed: WHY", or "finished before".
+    """
+
+    words: list[str]
+    changed: dict[str, str]
+    config: Config | None
+    problem: str = ""
+    folder: Path = Path()
+    status: str = ""
 
 
 def make_output_dir(config: Config) -> Path:

@@ -25,10 +25,15 @@ from mmdist.performance.limits import Limits
 from mmdist.performance.machine import describe_machine
 from mmdist.performance.ranks import Ranks
 from mmdist.performance.report import Report, table
+from mmdist.performance.results import Result
 from mmdist.performance.workload import Workload, run_batch
 from mmdist.spans import TimedSpans, cost_s
 from mmdist.task_config import PerformanceConfig
 from mmdist.tasks.media import load_image, load_video
+from mmdist.tasks.performance_reports import begin_sweep as begin_sweep
+from mmdist.tasks.performance_reports import changed_keys, finish, read_compared, read_kept
+from mmdist.tasks.performance_reports import is_finished as is_finished
+from mmdist.tasks.performance_reports import report_sweep as report_sweep
 from mmdist.tasks.requests import check_takes_video, user_message
 from mmdist.tp import TP
 
@@ -38,6 +43,7 @@ log = logging.getLogger("mmdist.performance")
 
 
 def check(config: PerformanceConfig) -> None:
+    read_compared(config)
     image, video = find_media(config)
     if image is not None:
         load_image(image)
@@ -63,10 +69,11 @@ def run(config: PerformanceConfig, engine: AnyEngine) -> int:
     with tqdm(total=total, unit="run", disable=not sys.stderr.isatty()) as bar:
         for batch_size in measuring.batch_sizes():
             measuring.measure(batch_size, bar)
-    points = measuring.report.content["points"]
-    print(table(points))
-    log.info("%d points in %s", len(points), measuring.report.folder)
-    return 0
+    report = measuring.report
+    report.finish()
+    print(table(report.content["points"]))
+    log.info("%d points in %s", len(report.content["points"]), report.folder)
+    return finish(config, report.folder, [Result({}, report.content)])
 
 
 def follow(config: PerformanceConfig, engine: AnyEngine) -> int:
@@ -81,9 +88,9 @@ class Measuring:
         self.workload = build_workload(config, engine)
         self.case = find_case(self.workload, engine)
         self.capacity = check_batch_sizes(config, engine, self.case)
-        self.report = Report(
-            Path(str(config.output_dir)), describe_config(config, engine), describe_machine(engine.device)
-        )
+        own = describe_config(config, engine)
+        self.kept = read_kept(config, own)
+        self.report = Report(Path(str(config.output_dir)), own, describe_machine(engine.device))
         self.span_cost_s = cost_s()
         self.work = self.ranks.work()
         self.limits = [self.ranks.limits()]
@@ -105,6 +112,9 @@ class Measuring:
             self.add(stopped_point(self.sized(size + 1), self.describe_capacity()))
 
     def measure(self, batch_size: int, bar: tqdm) -> None:
+        if batch_size in self.kept:
+            self.add(self.kept[batch_size])
+            return
         config, case = self.config, self.sized(batch_size)
         bar.set_description(f"batch {batch_size}")
         runs = []
@@ -239,16 +249,3 @@ def describe_config(config: PerformanceConfig, engine: AnyEngine) -> dict[str, A
         "threads_per_rank": torch.get_num_threads(),
         "overrides": changed_keys(config),
     }
-
-
-def changed_keys(config: PerformanceConfig) -> list[str]:
-    """KEY=VALUE of what is not its default, the family's own keys left out."""
-    given, defaults = asdict(config), asdict(PerformanceConfig())
-    changed = []
-    for name, value in given.items():
-        if isinstance(value, dict) and name != "model":
-            inner = defaults[name]
-            changed += [f"{name}.{key}={own}" for key, own in value.items() if own != inner[key]]
-        elif name not in ("model", "task", "output_dir") and value != defaults[name]:
-            changed.append(f"{name}={value}")
-    return changed
