@@ -29,6 +29,7 @@ FREE_TEXT_KEYS = (
     "data",
     "reference",
     "answers",
+    "judge_checkpoint",
     "checkpoint",
     "output_dir",
     "compare",

@@ -32,14 +32,19 @@ class ChatConfig(VideoConfig, SamplingParams, Config):
 @dataclass
 class GenerateConfig(VideoConfig, SamplingParams, Config):
     input: str | None = key(
-        None, "a file of requests (one JSON object a line), or a folder of pictures (then with prompt=)"
+        None,
+        "a file of requests (one JSON object a line), a folder of pictures (then with prompt=), or an .arrow file of "
+        "questions as VLMo writes it",
     )
     output: str | None = key(
         None,
         "the file of answers, one JSON object a line; default: answers.jsonl in the job's folder "
         "(with images= and texts=: an .npz of scores; scores.npz)",
     )
-    prompt: str | None = key(None, "the question asked about every picture of a folder")
+    prompt: str | None = key(
+        None, "the question asked about every picture of a folder; with an arrow file, text around {question}"
+    )
+    timing: bool = key(False, "add to each answer its seconds in the engine, and those since the run began")
     images: str | None = key(
         None, "pictures to compare with texts=, instead of input=: a folder, or a file of paths (model=vlmo)"
     )
@@ -58,7 +63,12 @@ class GenerateConfig(VideoConfig, SamplingParams, Config):
         if self.record != "none" and self.logprobs is None:
             self.logprobs = 20
         if self.images is None and self.texts is None:
-            require(self.input is not None, "input", None, "a requests.jsonl or a folder of pictures: input=FILE")
+            require(
+                self.input is not None,
+                "input",
+                None,
+                "a requests.jsonl, a folder of pictures or an arrow file: input=FILE",
+            )
             return
         require(self.images is not None, "images", None, "a folder of pictures, or a file of their paths, with texts=")
         require(self.texts is not None, "texts", None, "a file of texts, one a line, with images=")
@@ -69,24 +79,34 @@ class GenerateConfig(VideoConfig, SamplingParams, Config):
 @dataclass
 class PrecisionConfig(VideoConfig, SamplingParams, Config):
     data: str | None = key(
-        None, "what both sides answer: a file of requests, or a folder of pictures (then with prompt=)"
+        None,
+        "what both sides answer: a file of requests, a folder of pictures (then with prompt=), or an .arrow file of "
+        "questions as VLMo writes it, whose accepted answers are counted",
     )
-    prompt: str | None = key(None, "the question asked about every picture of a folder")
+    prompt: str | None = key(
+        None, "the question asked about every picture of a folder; with an arrow file, text around {question}"
+    )
     images: str | None = key(None, "instead of data=, pictures to compare with texts= (model=vlmo for retrieval)")
     texts: str | None = key(None, "texts to compare with images=: a file, one text a line")
     reference: str = key(
         "world_size_1",
-        "world_size_1 (this engine on one rank), transformers, a file that task=generate logprobs=20 wrote, or the "
-        "folder of another checkpoint",
+        "world_size_1 (this engine on one rank), transformers, a file that task=generate logprobs=20 wrote, the folder "
+        "of another checkpoint; or none, to score our answers alone",
     )
     answers: str | None = key(None, "a file of answers to check, instead of asking this engine")
     reference_dtype: str | None = key(None, "dtype= of a reference that is computed; default: dtype=")
+    judge: str | None = key(None, "clip: how well the answers go with their pictures, as CLIP sees it")
+    judge_checkpoint: str | None = key(None, "a folder of transformers' CLIPModel, or a weight file of open_clip")
+    judge_model: str = key("ViT-H-14", "the architecture of an open_clip file")
     layers: bool = key(False, "compare every layer's output too, and name the first that drifts")
     max_logit_error: float = key(1e-4, "threshold: largest difference of a logit (or, of saved files, log probability)")
     max_rms_error: float = key(1e-5, "threshold: root of the mean squared difference of the logits")
     max_kl: float = key(1e-9, "threshold: largest KL(reference || ours) of a position, in nats")
     min_token_agreement: float = key(1.0, "threshold: share of tokens before the first divergence; near ties apart")
     max_layer_error: float = key(1e-5, "with layers=true, where a layer drifts: RMS of the difference over RMS")
+    max_score_loss: float = key(
+        0.005, "threshold: how much lower than the reference's a score (accuracy, CLIP's cosine, recall) may be"
+    )
 
     def __post_init__(self) -> None:
         Config.__post_init__(self)
@@ -100,7 +120,14 @@ class PrecisionConfig(VideoConfig, SamplingParams, Config):
         dtype = self.reference_dtype
         require(dtype is None or dtype in DTYPES, "reference_dtype", dtype, "|".join(DTYPES))
         require(0 <= self.min_token_agreement <= 1, "min_token_agreement", self.min_token_agreement, "0 to 1")
-        for name in ("max_logit_error", "max_rms_error", "max_kl", "max_layer_error"):
+        require(self.judge in (None, "clip"), "judge", self.judge, "clip")
+        require(
+            (self.judge is None) == (self.judge_checkpoint is None),
+            "judge_checkpoint",
+            self.judge_checkpoint,
+            "a CLIP model with judge=clip, and nothing without a judge",
+        )
+        for name in ("max_logit_error", "max_rms_error", "max_kl", "max_layer_error", "max_score_loss"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or above")
 
 

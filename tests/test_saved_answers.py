@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mmdist.config import UserError
-from mmdist.precision.saved_answers import join_pictures, read_answers
+from mmdist.precision.saved_answers import join_pictures, read_texts
 
 FORMS = {
     "predict_result.json": {"/data/coco/a.jpg": "a cat", "/data/coco/b.jpg": "a dog"},
@@ -28,7 +28,7 @@ FORMS = {
 @pytest.mark.parametrize("name", FORMS)
 def test_seeds_files(name: str) -> None:
     Path(name).write_text(json.dumps(FORMS[name]))
-    joined = join_pictures(read_answers(Path(name)), [Path("pictures/b.jpg"), Path("pictures/a.jpg"), Path("c.jpg")])
+    joined = join_pictures(read_texts(Path(name)), [Path("pictures/b.jpg"), Path("pictures/a.jpg"), Path("c.jpg")])
     assert joined == {Path("pictures/a.jpg"): "a cat", Path("pictures/b.jpg"): "a dog"}
 
 
@@ -36,7 +36,7 @@ def test_seeds_files(name: str) -> None:
 def test_our_lines(num: int) -> None:
     lines = [{"id": "a.jpg", "text": "a\u2028cat", "token_ids": [1]}, {"id": 7, "answer": "red", "label": 0, "top": []}]
     Path("a.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines[:num]))
-    assert read_answers(Path("a.jsonl")) == dict([("a.jpg", "a\u2028cat"), ("7", "red")][:num])
+    assert read_texts(Path("a.jsonl")) == dict([("a.jpg", "a\u2028cat"), ("7", "red")][:num])
 
 
 MISTAKES = {
@@ -58,10 +58,10 @@ MISTAKES = {
 def test_mistakes(text: str) -> None:
     Path("a.json").write_text(text)
     with pytest.raises(UserError) as error:
-        read_answers(Path("a.json"))
+        read_texts(Path("a.json"))
     assert MISTAKES[text] in str(error.value)
     with pytest.raises(UserError, match="cannot be read"):
-        read_answers(Path("none.json"))
+        read_texts(Path("none.json"))
 
 
 def test_joining_is_never_a_guess() -> None:

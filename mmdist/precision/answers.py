@@ -98,6 +98,10 @@ def check_prompts(reference: Answers, ours: Answers) -> None:
             )
 
 
+def has_tokens(line: dict[str, Any]) -> bool:
+    return "token_ids" in line or "label" in line
+
+
 def tokens_of(line: dict[str, Any]) -> list[int]:
     """What was answered; the class of a closed set of answers counts as one token."""
     return line["token_ids"] if "token_ids" in line else [line["label"]]

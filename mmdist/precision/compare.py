@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from mmdist.engine.record import Record
-from mmdist.precision.answers import Answers, Distribution, distribution, text_of, tokens_of
+from mmdist.precision.answers import Answers, Distribution, distribution, has_tokens, text_of, tokens_of
 
 NEAR_TIE_NATS = 0.125
 NEAR_TIE_RANK = 2
+TEXTS = "texts only"  # a side is a file of other programs, without tokens
 HEAD = "head"  # as a stage, what makes the logits of the first token
 FIRST = ("vision.", "embeddings.")  # stages before all others, though a request without pictures has none
 
@@ -81,6 +82,8 @@ class Compared:
 
 def compare_request(name: str, reference: Answers, ours: Answers) -> Compared:
     lines = reference.lines[name], ours.lines[name]
+    if not all(map(has_tokens, lines)):
+        return Compared(name, text_of(lines[0]), text_of(lines[1]), 0, 0, Errors(TEXTS), None)
     records = reference.record(name), ours.record(name)
     theirs, own = map(tokens_of, lines)
     agreed = count_equal(theirs, own)

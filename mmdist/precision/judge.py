@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers  # classes are looked up when used: importing them here would triple the start-up time
 from PIL import Image
-from transformers import AutoProcessor, CLIPModel
-from transformers.utils.logging import disable_progress_bar
 
 from mmdist.config import UserError
 
@@ -60,10 +59,10 @@ class TransformersJudge(Judge):
 
     def __init__(self, folder: Path, device: str):
         if not sys.stderr.isatty():
-            disable_progress_bar()
+            transformers.utils.logging.disable_progress_bar()
         try:
-            loaded: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-            self.processor = AutoProcessor.from_pretrained(folder)
+            loaded: Any = transformers.CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+            self.processor = transformers.AutoProcessor.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"judge_checkpoint={folder}: not a whole folder of a CLIPModel ({first_line(error)})"
@@ -92,14 +91,7 @@ class OpenClipJudge(Judge):
     """A weight file of open_clip, of the architecture that its name says (ViT-H-14)."""
 
     def __init__(self, file: Path, architecture: str, device: str):
-        if not HAS_OPEN_CLIP:
-            raise UserError(
-                f"judge_checkpoint={file}: an open_clip file takes open_clip: pip install open_clip_torch; or give a "
-                "folder of transformers' CLIPModel"
-            )
         open_clip: Any = import_module("open_clip")
-        if architecture not in open_clip.list_models():
-            raise UserError(f"judge_model={architecture}: not among open_clip.list_models(), such as ViT-H-14")
         try:
             model, _, self.transform = open_clip.create_model_and_transforms(
                 architecture, pretrained=str(file), device=device
@@ -125,17 +117,34 @@ class OpenClipJudge(Judge):
         return self.model.encode_text(tokens.to(self.device))
 
 
-def open_judge(checkpoint: Path, architecture: str = "ViT-H-14", device: str = "cpu") -> Judge:
-    """A CLIPModel folder, or an open_clip file of an architecture."""
-    if checkpoint.is_file():
-        return OpenClipJudge(checkpoint, architecture, device)
+def check_judge(checkpoint: Path, architecture: str) -> None:
+    """What can be known before weights are read."""
     path = checkpoint / "config.json"
-    if not path.exists():
+    if checkpoint.is_file():
+        check_open_clip(checkpoint, architecture)
+    elif not path.exists():
         raise UserError(
             f"judge_checkpoint={checkpoint}: no config.json there; give a folder of transformers' CLIPModel"
         )
-    if find_model_type(path) != "clip":
+    elif find_model_type(path) != "clip":
         raise UserError(f"{path}: model_type is {find_model_type(path)}; a judge's is clip, transformers' CLIPModel")
+
+
+def check_open_clip(file: Path, architecture: str) -> None:
+    if not HAS_OPEN_CLIP:
+        raise UserError(
+            f"judge_checkpoint={file}: an open_clip file takes open_clip: pip install open_clip_torch; or give a "
+            "folder of transformers' CLIPModel"
+        )
+    if architecture not in import_module("open_clip").list_models():
+        raise UserError(f"judge_model={architecture}: not among open_clip.list_models(), such as ViT-H-14")
+
+
+def open_judge(checkpoint: Path, architecture: str = "ViT-H-14", device: str = "cpu") -> Judge:
+    """A CLIPModel folder, or an open_clip file of an architecture."""
+    check_judge(checkpoint, architecture)
+    if checkpoint.is_file():
+        return OpenClipJudge(checkpoint, architecture, device)
     return TransformersJudge(checkpoint, device)
 
 

@@ -19,7 +19,7 @@ FORMS = (
 )
 
 
-def read_answers(path: Path) -> dict[str, str]:
+def read_texts(path: Path) -> dict[str, str]:
     """Text by id or picture, as the file names it; UserError for a file of no known form or with failed answers."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -37,6 +37,19 @@ def read_answers(path: Path) -> dict[str, str]:
         if answers[name] != answer:
             raise UserError(f"{path}: {name} has two different answers")
     return answers
+
+
+def is_by_picture(path: Path) -> bool:
+    """Whether a file is JSON that is not ours, which has a line with an id for each answer."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = next((line for line in file if line.strip()), "")
+            entry = json.loads(first)
+    except json.JSONDecodeError:
+        return first.lstrip()[:1] in ("{", "[") and not first.lstrip().startswith('{"id"')  # of several lines
+    except (OSError, UnicodeDecodeError):
+        return False
+    return not (isinstance(entry, dict) and "id" in entry)
 
 
 def parse(path: Path, text: str) -> list[tuple[str, Any]]:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmdist.precision.compare import Compared, Errors, LayerError, find_drift
+from mmdist.precision.compare import TEXTS, Compared, Errors, LayerError, find_drift
+from mmdist.precision.score_tables import ScoreTable
 
 SHOWN_REQUESTS = 10  # in the report for people; precision.json has all
 
@@ -29,11 +30,13 @@ class Limits:
     max_kl: float
     min_token_agreement: float
     max_layer_error: float
+    max_score_loss: float
 
 
 @dataclass
 class Verdict:
-    """sides: what was compared, in words, by "reference" and "ours"; failed: side -> request -> its error."""
+    """sides: what was compared, in words, by "reference" and "ours"; failed: side -> request -> its error. compared:
+    nothing where ours was scored alone."""
 
     sides: dict[str, str]
     compared: list[Compared]
@@ -42,10 +45,12 @@ class Verdict:
     layers: list[LayerError] = field(default_factory=list)
     drift: str | None = None
     notes: list[str] = field(default_factory=list)
+    scores: list[ScoreTable] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
-        return all(check.passed for check in self.checks) and not any(self.failed.values()) and bool(self.compared)
+        done = bool(self.compared or self.scores)
+        return all(check.passed for check in self.checks) and not any(self.failed.values()) and done
 
     @property
     def errors(self) -> Errors:
@@ -65,7 +70,7 @@ class Verdict:
             "mean_kl": sum(errors.kls) / len(errors.kls) if errors.kls else None,
             "max_kl": max(errors.kls, default=None),
             "token_agreement": agreement(requests),
-            "requests_equal": sum(request.divergence is None for request in requests),
+            "requests_equal": sum(has_equal_tokens(request) for request in requests),
             "texts_equal": sum(request.text == request.reference_text for request in requests),
             "divergences": sum(is_real(request) for request in requests),
             "near_ties": sum(request.divergence is not None and request.divergence.near_tie for request in requests),
@@ -79,15 +84,23 @@ class Verdict:
             "checks": [asdict(check) for check in self.checks],
             "failed": self.failed,
             "notes": self.notes,
+            "scores": {scores.name: scores.to_json() for scores in self.scores},
             "first_drift": self.drift,
             "layers": [asdict(layer) for layer in self.layers],
             "per_request": [line(request) for request in self.compared],
         }
 
 
-def agreement(requests: list[Compared]) -> float:
+def agreement(requests: list[Compared]) -> float | None:
+    """None where a side has no tokens."""
+    if any(request.errors.kind == TEXTS for request in requests):
+        return None
     counted = sum(request.counted for request in requests)
     return sum(request.agreed for request in requests) / counted if counted else 1.0
+
+
+def has_equal_tokens(request: Compared) -> bool:
+    return request.divergence is None and request.errors.kind != TEXTS
 
 
 def is_real(request: Compared) -> bool:
@@ -116,29 +129,37 @@ def judge(
     limits: Limits,
     sides: dict[str, str],
     failed: dict[str, dict[str, str]],
+    scores: list[ScoreTable],
 ) -> Verdict:
-    verdict = Verdict(sides, compared, [], failed, layers)
+    verdict = Verdict(sides, compared, [], failed, layers, scores=scores)
     summary = verdict.summary()
-    for name, value, limit in (
-        ("max_logit_error", summary["max_error"], limits.max_logit_error),
-        ("max_rms_error", summary["rms_error"], limits.max_rms_error),
-        ("max_kl", summary["max_kl"], limits.max_kl),
-    ):
-        if value is not None:
-            verdict.checks.append(Check(name, value, limit, value <= limit))
-    found, least = summary["token_agreement"], limits.min_token_agreement
-    verdict.checks.append(Check("min_token_agreement", found, least, found >= least))
+    most = {"max_logit_error": summary["max_error"], "max_rms_error": summary["rms_error"], "max_kl": summary["max_kl"]}
     if layers:
-        largest = max(layer.error for layer in layers)
-        verdict.checks.append(
-            Check("max_layer_error", largest, limits.max_layer_error, largest <= limits.max_layer_error)
-        )
+        most["max_layer_error"] = max(layer.error for layer in layers)
         verdict.drift = find_drift(layers, limits.max_layer_error)
-    if not verdict.errors.count:
-        verdict.notes.append("a side has no logits and no log probabilities: tokens and texts alone were compared")
-    elif summary["compared"] != "logits":
-        verdict.notes.append(f"{summary['compared']} of the saved best tokens were compared, as no logits were saved")
+    if "reference" in sides and scores:
+        most["max_score_loss"] = max(found.loss for found in scores)
+    for name, value in most.items():
+        if value is not None:
+            limit = getattr(limits, name)
+            verdict.checks.append(Check(name, value, limit, value <= limit))
+    if compared and (found := summary["token_agreement"]) is not None:
+        least = limits.min_token_agreement
+        verdict.checks.append(Check("min_token_agreement", found, least, found >= least))
+    if compared:
+        verdict.notes += find_notes(verdict)
     return verdict
+
+
+def find_notes(verdict: Verdict) -> list[str]:
+    summary = verdict.summary()
+    if summary["token_agreement"] is None:
+        return ["a side has texts alone: nothing but texts was compared"]
+    if not verdict.errors.count:
+        return ["a side has no logits and no log probabilities: tokens and texts alone were compared"]
+    if summary["compared"] != "logits":
+        return [f"{summary['compared']} of the saved best tokens were compared, as no logits were saved"]
+    return []
 
 
 def write(folder: Path, verdict: Verdict) -> None:
@@ -155,6 +176,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def markdown(verdict: Verdict) -> str:
     parts = [f"# Precision: {'passed' if verdict.passed else 'MISSED'}", table(verdict)]
+    parts += [found.markdown() for found in verdict.scores]
     if any(map(is_different, verdict.compared)):
         parts += ["## Requests that differ", differences(verdict.compared)]
     if verdict.layers:
@@ -166,17 +188,20 @@ def table(verdict: Verdict) -> str:
     """The summary, as Markdown that reads well in a terminal too."""
     summary = verdict.summary()
     lines = [f"{side}: {words}  " for side, words in verdict.sides.items()]
-    lines += [
-        f"{summary['requests']} requests, {summary['requests_equal']} with equal tokens, {summary['texts_equal']} with "
-        f"equal texts; {summary['divergences']} divergences, {summary['near_ties']} near ties; {summary['compared']}  "
-    ]
+    if verdict.compared:
+        lines += [
+            f"{summary['requests']} requests compared, {summary['requests_equal']} with equal tokens, "
+            f"{summary['texts_equal']} with equal texts; {summary['divergences']} divergences, "
+            f"{summary['near_ties']} near ties; {summary['compared']}  "
+        ]
     lines += [f"note: {note}  " for note in verdict.notes]
     lines += [
         f"FAILED on the side {side}: {len(errors)} requests (first: {name}: {error})  "
         for side, errors in verdict.failed.items()
         for name, error in list(errors.items())[:1]
     ]
-    lines += ["", "| figure | found | threshold | |", "|---|---:|---:|---|"]
+    if verdict.checks:
+        lines += ["", "| figure | found | threshold | |", "|---|---:|---:|---|"]
     for check in verdict.checks:
         lines.append(
             f"| {LABELS[check.name]} | {check.value:.3g} | {check.limit:g} | {'ok' if check.passed else 'MISSED'} |"
@@ -194,6 +219,7 @@ LABELS = {
     "max_kl": "KL(reference, ours), nats: largest",
     "min_token_agreement": "token agreement",
     "max_layer_error": "layer error, relative: largest",
+    "max_score_loss": "a score below the reference's: most",
 }
 
 

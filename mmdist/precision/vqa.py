@@ -132,7 +132,7 @@ class VqaScore:
     right: dict[str, bool]
 
 
-def score(questions: Iterable[Question], answers: dict[str, str], *, closed_set: bool) -> VqaScore:
+def score(questions: Iterable[Question], answers: dict[str, str], closed_set: bool) -> VqaScore:
     """Answers by question id. closed_set: they are words of the answers' own list and compared as they stand, as VLMo
     does; else both sides are normalised first."""
     questions = list(questions)

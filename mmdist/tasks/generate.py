@@ -1,4 +1,4 @@
-"""task=generate: answers for a file of requests or a folder of pictures; can be stopped and started again.
+"""task=generate: answers for requests, pictures of a folder or questions of an arrow file; can be stopped and resumed.
 
 With images= and texts= it compares instead: see mmdist.tasks.retrieval.
 """
@@ -20,7 +20,8 @@ from mmdist.engine.record import Recorder, record_folder
 from mmdist.engine.request import Request, failed
 from mmdist.task_config import GenerateConfig
 from mmdist.tasks import retrieval
-from mmdist.tasks.requests import build_request, read_folder, read_requests
+from mmdist.tasks.sources import Source, check_source, open_source
+from mmdist.tasks.stopwatch import Stopwatch
 
 ON_RANKS = True
 log = logging.getLogger("mmdist.generate")
@@ -30,29 +31,21 @@ def check(config: GenerateConfig) -> None:
     if config.images is not None:
         retrieval.check(config)
         return
-    path = Path(str(config.input))
-    if not path.exists():
-        raise UserError(f"input={path}: no such file or folder")
-    if path.is_dir() == (config.prompt is None):
-        raise UserError(
-            f"input={path} is a folder of pictures: ask something with prompt=TEXT"
-            if path.is_dir()
-            else f"input={path} is a file of requests, which have their own prompts: leave prompt= out"
-        )
+    check_source(Path(str(config.input)), config.prompt, "input")
 
 
 def run(config: GenerateConfig, engine: AnyEngine) -> int:
     if config.images is not None:
         return retrieval.run(config, engine)
-    source = Path(str(config.input))
-    entries = list(read_folder(source, str(config.prompt)) if source.is_dir() else read_requests(source))
+    source = open_source(Path(str(config.input)), config.prompt, "input")
+    entries = source.entries
     path = Path(config.output) if config.output else Path(str(config.output_dir)) / "answers.jsonl"
     done = keep_answers(path)
     log.info("%d requests, %d of them answered already, answers in %s", len(entries), len(done), path)
     if config.record != "none":
         engine.recorder = Recorder(record_folder(path), engine.stages() if config.record == "layers" else {})
     with path.open("a") as file, tqdm(total=len(entries), unit="request", disable=not sys.stderr.isatty()) as bar:
-        batch = Batch(engine, config, source if source.is_dir() else source.parent, file, bar)
+        batch = Batch(engine, config, source, file, bar)
         todo = [entry for entry in entries if str(entry["id"]) not in done]
         bar.update(len(entries) - len(todo))
         batch.run(todo)
@@ -89,18 +82,21 @@ def keep_answers(path: Path) -> set[str]:
 class Batch:
     """Runs entries through the engine and writes each answer as soon as it is there."""
 
-    def __init__(self, engine: AnyEngine, config: GenerateConfig, folder: Path, file: IO[str], bar: tqdm):
-        self.engine, self.config, self.folder, self.file, self.bar = engine, config, folder, file, bar
+    def __init__(self, engine: AnyEngine, config: GenerateConfig, source: Source, file: IO[str], bar: tqdm):
+        self.engine, self.config, self.source, self.file, self.bar = engine, config, source, file, bar
+        self.stopwatch = Stopwatch()
         self.num_failed = 0
         self.settings: dict[str, dict[str, Any]] = {}
 
     def run(self, entries: list[dict[str, Any]]) -> None:
-        for output in self.engine.generate(self.requests(entries)):
+        outputs = self.engine.generate(self.stopwatch.requests(self.requests(entries)))
+        for output in self.stopwatch.outputs(outputs):
             if output.finish_reason is not None:
                 if self.engine.recorder is not None:
                     self.engine.recorder.save(output.id)
-                settings = self.settings.pop(output.id)
-                self.write(output.line() | ({} if output.logprobs is None else {"params": settings}))
+                settings, timing = self.settings.pop(output.id), self.stopwatch.timing(output.id)
+                line = output.line() | ({} if output.logprobs is None else {"params": settings})
+                self.write(line | ({"timing": timing} if self.config.timing else {}))
 
     def requests(self, entries: list[dict[str, Any]]) -> Iterator[Request]:
         """Built as the engine asks for them, so that no more than a batch of pictures is in memory."""
@@ -111,7 +107,7 @@ class Batch:
                 if name in seen:
                     raise UserError(f"id {name} is given twice; ids must differ")
                 seen.add(name)
-                request = build_request(entry, self.engine.prompts, self.config, self.folder, self.config.video_frames)
+                request = self.source.build(entry, self.engine.prompts, self.config)
             except UserError as error:
                 self.write(failed(name, [], str(error)).line())
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,24 @@ def find_file(path: str, folder: Path) -> Path:
 def load_image(path: Path) -> Image.Image:
     """An RGB picture, turned as its EXIF says (as transformers.image_utils.load_image does)."""
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        return read_image(path.read_bytes(), str(path))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such picture") from error
-    except UnidentifiedImageError as error:
-        raise UserError(f"{path}: not a picture") from error
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: too large ({error}); scale it down first") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"{path}: damaged picture ({error})") from error
+
+
+def read_image(data: bytes, name: str) -> Image.Image:
+    """load_image of a file's bytes; name: for errors."""
+    try:
+        with Image.open(BytesIO(data)) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise UserError(f"{name}: not a picture") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{name}: too large ({error}); scale it down first") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{name}: damaged picture ({error})") from error
 
 
 def load_video(path: Path, num_frames: int) -> list[Image.Image]:

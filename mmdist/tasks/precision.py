@@ -15,15 +15,18 @@ from mmdist.config import EXIT_FAILED, UserError
 from mmdist.engine.load import find_checkpoint
 from mmdist.models.family import find_model, load_model_config
 from mmdist.precision.answers import Answers, check_ids, check_prompts, check_settings
-from mmdist.precision.compare import Compared, compare_layers, compare_request
+from mmdist.precision.compare import Compared, LayerError, compare_layers, compare_request
+from mmdist.precision.saved_answers import is_by_picture
 from mmdist.precision.scores import pair_ids
 from mmdist.precision.verdict import Limits, Verdict, judge, markdown, write
 from mmdist.task_config import PrecisionConfig
+from mmdist.tasks import precision_scores
 from mmdist.tasks.generate import settings_of
 from mmdist.tasks.job import make_output_dir
 from mmdist.tasks.precision_sides import RunJob, Side, make_sides, read_side, run_side
-from mmdist.tasks.requests import merge_params, read_folder, read_requests
+from mmdist.tasks.requests import merge_params
 from mmdist.tasks.retrieval import list_images, read_lines
+from mmdist.tasks.sources import Source, check_source, open_source
 
 ON_RANKS = False
 STARTS_JOBS = True
@@ -32,30 +35,20 @@ log = logging.getLogger("mmdist.precision")
 
 @dataclass
 class Asked:
-    """What both sides are asked: ids, and the generation settings of the well-formed ones."""
+    """What both sides are asked: ids, the generation settings of the well-formed ones, and where they are from."""
 
     ids: list[str]
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    source: Source | None = None
 
 
 def check(config: PrecisionConfig) -> None:
-    sides = make_sides(config)
-    if config.data is None and config.images is None:
-        if any(side.saved is None for side in sides):
-            raise UserError("data= is missing: a requests.jsonl, or a folder of pictures with prompt=TEXT")
-    elif config.data is not None:
-        check_data(Path(config.data), config.prompt)
-
-
-def check_data(path: Path, prompt: str | None) -> None:
-    if not path.exists():
-        raise UserError(f"data={path}: no such file or folder")
-    if path.is_dir() == (prompt is None):
-        raise UserError(
-            f"data={path} is a folder of pictures: ask something with prompt=TEXT"
-            if path.is_dir()
-            else f"data={path} is a file of requests, which have their own prompts: leave prompt= out"
-        )
+    precision_scores.check(config)
+    is_run = any(side.saved is None for side in make_sides(config))
+    if config.data is None and config.images is None and is_run:
+        raise UserError("data= is missing: a requests.jsonl, or a folder of pictures with prompt=TEXT")
+    if config.data is not None and (is_run or not Path(config.data).is_dir()):
+        check_source(Path(config.data), config.prompt, "data")
 
 
 def run(config: PrecisionConfig, run_job: RunJob) -> int:
@@ -68,7 +61,7 @@ def run(config: PrecisionConfig, run_job: RunJob) -> int:
             if isinstance(answers, int):
                 return answers
             found[side.name] = answers
-    verdict = compare(config, sides, found["reference"], found["ours"])
+    verdict = compare(config, sides, found, asked)
     write(folder, verdict)
     print(markdown(verdict), end="")
     log.info("all figures in %s", folder / "precision.json")
@@ -83,18 +76,17 @@ def find_asked(config: PrecisionConfig) -> Asked:
         return Asked([*image_ids, *text_ids])
     if config.data is None:
         return Asked([])
-    path = Path(config.data)
-    listed = list(read_folder(path, str(config.prompt), "data") if path.is_dir() else read_requests(path))
-    if not listed:
-        raise UserError(f"data={path}: no requests in it")
-    settings = settings_by_id({str(entry["id"]): entry for entry in listed}, config)
+    source = open_source(Path(config.data), config.prompt, "data")
+    if not source.entries:
+        raise UserError(f"data={config.data}: no requests in it")
+    settings = settings_by_id({str(entry["id"]): entry for entry in source.entries}, config)
     for name, own in settings.items():
         if own["temperature"] != 0:
             raise UserError(
-                f"data={path}: request {name} has temperature={own['temperature']}: only greedy answers can be "
+                f"data={config.data}: request {name} has temperature={own['temperature']}: only greedy answers can be "
                 "compared; give 0, or leave it out"
             )
-    return Asked([str(entry["id"]) for entry in listed], settings)
+    return Asked([str(entry["id"]) for entry in source.entries], settings, source)
 
 
 def settings_by_id(entries: dict[str, dict[str, Any]], config: PrecisionConfig) -> dict[str, dict[str, Any]]:
@@ -110,7 +102,10 @@ def settings_by_id(entries: dict[str, dict[str, Any]], config: PrecisionConfig) 
 def read_saved(side: Side, asked: Asked) -> Answers:
     """Checked against what is going to be asked before anything runs."""
     assert side.saved is not None, "a side that is computed has no file yet"
-    answers = read_side(side.saved, side.key)
+    if is_by_picture(side.saved):
+        answers = precision_scores.texts_by_picture(side.saved, asked.source, side.key)
+    else:
+        answers = read_side(side.saved, side.key)
     if asked.ids:
         check_ids(answers.lines, asked.ids, side.where)
         check_settings(saved_settings(answers), asked.settings, side.where)
@@ -126,12 +121,29 @@ def says_settings(answers: Answers) -> bool:
     return all("params" in line for line in answers.lines.values() if "token_ids" in line and "error" not in line)
 
 
-def compare(config: PrecisionConfig, sides: tuple[Side, Side], reference: Answers, ours: Answers) -> Verdict:
+def compare(config: PrecisionConfig, sides: list[Side], answers: dict[str, Answers], asked: Asked) -> Verdict:
+    words, failed = {side.name: side.words for side in sides}, {name: side.failed for name, side in answers.items()}
+    compared: list[Compared] = []
+    layers: list[LayerError] = []
+    if config.reference != "none":
+        compared, layers = compare_sides(config, sides, answers["reference"], answers["ours"])
+    limits = Limits(**{f.name: getattr(config, f.name) for f in fields(Limits)})
+    scores = precision_scores.find_scores(config, asked.source, answers)
+    verdict = judge(compared, layers, limits, words, failed, scores)
+    for side in sides if compared else ():
+        if not says_settings(answers[side.name]):
+            verdict.notes.append(f"{side.where} does not say its generation settings, which may differ")
+    return verdict
+
+
+def compare_sides(
+    config: PrecisionConfig, sides: list[Side], reference: Answers, ours: Answers
+) -> tuple[list[Compared], list[LayerError]]:
+    """What failed on either side is left out."""
     check_ids(reference.lines, ours.lines, sides[0].where)
     check_settings(saved_settings(reference), saved_settings(ours), sides[0].where)
     check_prompts(reference, ours)
-    failed = {"reference": reference.failed, "ours": ours.failed}
-    names = [name for name in ours.lines if not any(name in errors for errors in failed.values())]
+    names = [name for name in ours.lines if name not in reference.failed and name not in ours.failed]
     compared = [compare_request(name, reference, ours) for name in names]
     if any(side.saved is None for side in sides) and config.data is not None:
         name_tokens(config, compared)
@@ -141,12 +153,7 @@ def compare(config: PrecisionConfig, sides: tuple[Side, Side], reference: Answer
             "layers=true: a saved side has no layers; make it with task=generate record=layers, and keep the folder "
             "FILE.record beside it"
         )
-    limits = Limits(**{f.name: getattr(config, f.name) for f in fields(Limits)})
-    verdict = judge(compared, layers, limits, {side.name: side.words for side in sides}, failed)
-    for side, answers in zip(sides, (reference, ours), strict=True):
-        if not says_settings(answers):
-            verdict.notes.append(f"{side.where} does not say its generation settings, which may differ")
-    return verdict
+    return compared, layers
 
 
 def name_tokens(config: PrecisionConfig, compared: list[Compared]) -> None:

@@ -47,12 +47,12 @@ class Side:
         return f"{self.key}={self.saved or self.words}"
 
 
-def make_sides(config: PrecisionConfig) -> tuple[Side, Side]:
-    """(reference, ours)"""
+def make_sides(config: PrecisionConfig) -> list[Side]:
+    """The reference, if there is one, and ours."""
     ours = Side("ours", "answers", f"this engine, {describe(config)}")
     if config.answers is not None:
         ours = Side("ours", "answers", config.answers, saved=check_file("answers", Path(config.answers)))
-    return make_reference(config), ours
+    return [ours] if config.reference == "none" else [make_reference(config), ours]
 
 
 def describe(config: PrecisionConfig) -> str:
@@ -78,8 +78,8 @@ def make_reference(config: PrecisionConfig) -> Side:
         return Side("reference", "reference", words, replaced={"checkpoint": path, "quant": "auto", **dtype})
     if not path.exists():
         raise UserError(
-            f"reference={path}: no such file or folder; give transformers, world_size_1, a file of answers or the "
-            "folder of a checkpoint"
+            f"reference={path}: no such file or folder; give transformers, world_size_1, none, a file of answers "
+            "or the folder of a checkpoint"
         )
     return Side("reference", "reference", str(path), saved=path)
 
@@ -101,7 +101,8 @@ def run_side(side: Side, config: PrecisionConfig, ids: Iterable[str], folder: Pa
     shutil.rmtree(record_folder(output), ignore_errors=True)
     keys = {
         "input": config.data,
-        "record": "layers" if config.layers else "logits",
+        "record": "none" if config.reference == "none" else "layers" if config.layers else "logits",
+        "timing": True,
         "logprobs": LOGPROBS if config.logprobs is None else config.logprobs,
         "output_dir": folder,
         **side.replaced,
