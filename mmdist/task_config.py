@@ -48,7 +48,9 @@ class GenerateConfig(VideoConfig, SamplingParams, Config):
     images: str | None = key(
         None, "pictures to compare with texts=, instead of input=: a folder, or a file of paths (model=vlmo)"
     )
-    texts: str | None = key(None, "texts to compare with images=: a file, one text a line")
+    texts: str | None = key(
+        None, "texts to compare with images=: a file, one text a line, or COCO's captions (.json) about these pictures"
+    )
     record: str = key(
         "none",
         "logits or layers: keep these numbers too, in a folder OUTPUT.record, for task=precision "
@@ -87,7 +89,9 @@ class PrecisionConfig(VideoConfig, SamplingParams, Config):
         None, "the question asked about every picture of a folder; with an arrow file, text around {question}"
     )
     images: str | None = key(None, "instead of data=, pictures to compare with texts= (model=vlmo for retrieval)")
-    texts: str | None = key(None, "texts to compare with images=: a file, one text a line")
+    texts: str | None = key(
+        None, "texts to compare with images=: a file, one text a line, or COCO's captions (.json) about these pictures"
+    )
     reference: str = key(
         "world_size_1",
         "world_size_1 (this engine on one rank), transformers, a file that task=generate logprobs=20 wrote, the folder "

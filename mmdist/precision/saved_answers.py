@@ -40,16 +40,16 @@ def read_texts(path: Path) -> dict[str, str]:
 
 
 def is_by_picture(path: Path) -> bool:
-    """Whether a file is JSON that is not ours, which has a line with an id for each answer."""
+    """Whether a file is JSON that names pictures; ours has a line with an id for each answer."""
     try:
         with path.open(encoding="utf-8") as file:
-            first = next((line for line in file if line.strip()), "")
-            entry = json.loads(first)
+            first = next((line.strip() for line in file if line.strip()), "")
+        entry = json.loads(first)
     except json.JSONDecodeError:
-        return first.lstrip()[:1] in ("{", "[") and not first.lstrip().startswith('{"id"')  # of several lines
+        return first in ("{", "[")  # and more lines
     except (OSError, UnicodeDecodeError):
         return False
-    return not (isinstance(entry, dict) and "id" in entry)
+    return isinstance(entry, list) or (isinstance(entry, dict) and "id" not in entry)
 
 
 def parse(path: Path, text: str) -> list[tuple[str, Any]]:

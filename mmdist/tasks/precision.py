@@ -25,7 +25,7 @@ from mmdist.tasks.generate import settings_of
 from mmdist.tasks.job import make_output_dir
 from mmdist.tasks.precision_sides import RunJob, Side, make_sides, read_side, run_side
 from mmdist.tasks.requests import merge_params
-from mmdist.tasks.retrieval import list_images, read_lines
+from mmdist.tasks.retrieval import read_pairs
 from mmdist.tasks.sources import Source, check_source, open_source
 
 ON_RANKS = False
@@ -35,11 +35,15 @@ log = logging.getLogger("mmdist.precision")
 
 @dataclass
 class Asked:
-    """What both sides are asked: ids, the generation settings of the well-formed ones, and where they are from."""
+    """What both sides are asked: ids, the generation settings of the well-formed ones, and where they are from.
+
+    image_of_text: of retrieval, the picture each text belongs to, where that is known.
+    """
 
     ids: list[str]
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     source: Source | None = None
+    image_of_text: list[int] | None = None
 
 
 def check(config: PrecisionConfig) -> None:
@@ -71,9 +75,9 @@ def run(config: PrecisionConfig, run_job: RunJob) -> int:
 def find_asked(config: PrecisionConfig) -> Asked:
     """Nothing where two saved files are compared."""
     if config.images is not None:
-        names = [name for name, _ in list_images(Path(config.images))]
-        image_ids, text_ids = pair_ids(names, read_lines(Path(str(config.texts)), "texts"))
-        return Asked([*image_ids, *text_ids])
+        pairs = read_pairs(Path(config.images), Path(str(config.texts)))
+        image_ids, text_ids = pair_ids((name for name, _ in pairs.images), pairs.texts)
+        return Asked([*image_ids, *text_ids], image_of_text=pairs.image_of_text)
     if config.data is None:
         return Asked([])
     source = open_source(Path(config.data), config.prompt, "data")
@@ -129,6 +133,8 @@ def compare(config: PrecisionConfig, sides: list[Side], answers: dict[str, Answe
         compared, layers = compare_sides(config, sides, answers["reference"], answers["ours"])
     limits = Limits(**{f.name: getattr(config, f.name) for f in fields(Limits)})
     scores = precision_scores.find_scores(config, asked.source, answers)
+    if asked.image_of_text is not None:
+        scores.append(precision_scores.count_found(asked.ids, asked.image_of_text, answers))
     verdict = judge(compared, layers, limits, words, failed, scores)
     for side in sides if compared else ():
         if not says_settings(answers[side.name]):

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -20,7 +21,8 @@ from mmdist.tasks.sources import QuestionSource, Source, is_arrow
 
 
 def check(config: PrecisionConfig) -> None:
-    scored = config.judge is not None or (config.data is not None and is_arrow(Path(config.data)))
+    is_question_file = config.data is not None and is_arrow(Path(config.data))
+    scored = config.judge is not None or config.images is not None or is_question_file
     if config.reference == "none" and not scored:
         raise UserError(
             "reference=none: then there must be something to score: judge=clip, data=FILE.arrow, or images= and texts="
@@ -38,6 +40,17 @@ def find_scores(config: PrecisionConfig, source: Source | None, sides: dict[str,
     if config.judge is not None and source is not None:
         found.append(judge_captions(config, source, sides))
     return found
+
+
+def count_found(ids: list[str], image_of_text: list[int], sides: dict[str, Answers]) -> ScoreTable:
+    """Recall of retrieval. ids: of the pictures, then of the texts."""
+    images = ids[: len(ids) - len(image_of_text)]
+    return recall_scores({name: side_logits(side, images) for name, side in sides.items()}, image_of_text)
+
+
+def side_logits(side: Answers, images: list[str]) -> np.ndarray:
+    """(images, texts)"""
+    return np.concatenate([side.records[name].tensors["logits"].numpy() for name in images])
 
 
 def judge_captions(config: PrecisionConfig, source: Source, sides: dict[str, Answers]) -> ScoreTable:

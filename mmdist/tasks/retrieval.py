@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from mmdist.engine.load import AnyEngine
 from mmdist.engine.record import Recorder, record_folder
 from mmdist.models.base import EncoderModel, Prompt
 from mmdist.models.family import find_model
+from mmdist.precision.recall import read_coco_captions
 from mmdist.precision.scores import pair_ids
 from mmdist.task_config import GenerateConfig
 from mmdist.tasks.media import PICTURE_SUFFIXES, find_file, load_image
@@ -30,14 +32,14 @@ def check(config: GenerateConfig) -> None:
             f"model={config.model.name}: writes answers and compares nothing; images= and texts= take model=vlmo with "
             "a retrieval checkpoint"
         )
-    list_images(Path(str(config.images)))
-    read_lines(Path(str(config.texts)), "texts")
+    read_pairs(Path(str(config.images)), Path(str(config.texts)))
 
 
 def run(config: GenerateConfig, engine: AnyEngine) -> int:
     assert isinstance(engine, EncoderEngine), "check() lets no other model through"
     engine.check_compares()
-    images, texts = list_images(Path(str(config.images))), read_lines(Path(str(config.texts)), "texts")
+    pairs = read_pairs(Path(str(config.images)), Path(str(config.texts)))
+    images, texts = pairs.images, pairs.texts
     output = Path(config.output) if config.output else Path(str(config.output_dir)) / "scores.npz"
     check_writable(output)
     prompts = [engine.prompts.prompt(images=[], text=text) for text in texts]
@@ -62,6 +64,33 @@ def run(config: GenerateConfig, engine: AnyEngine) -> int:
     )
     log.info("%d pictures compared with %d texts, scores in %s", len(images), len(texts), output)
     return 0
+
+
+@dataclass
+class Pairs:
+    """images: (name, file). image_of_text: the picture each text belongs to, None where that is not known."""
+
+    images: list[tuple[str, Path]]
+    texts: list[str]
+    image_of_text: list[int] | None
+
+
+def read_pairs(images: Path, texts: Path) -> Pairs:
+    """Of as many texts as pictures each belongs to the picture of its place; COCO's captions say it themselves, and
+    only pictures that have captions are taken."""
+    listed = list_images(images)
+    if texts.suffix != ".json":
+        lines = read_lines(texts, "texts")
+        return Pairs(listed, lines, list(range(len(lines))) if len(lines) == len(listed) else None)
+    names, captions, image_of_text = read_coco_captions(texts)
+    files = {file.name: file for _, file in listed}
+    missing = [name for name in names if name not in files]
+    if missing:
+        raise UserError(
+            f"images={images}: {len(missing)} of the {len(names)} pictures that texts={texts} is about are not there "
+            f"(first: {missing[0]})"
+        )
+    return Pairs([(name, files[name]) for name in names], captions, image_of_text)
 
 
 def list_images(path: Path) -> list[tuple[str, Path]]:
