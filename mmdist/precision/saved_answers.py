@@ -42,14 +42,10 @@ def read_texts(path: Path) -> dict[str, str]:
 def is_by_picture(path: Path) -> bool:
     """Whether a file is JSON that names pictures; ours has a line with an id for each answer."""
     try:
-        with path.open(encoding="utf-8") as file:
-            first = next((line.strip() for line in file if line.strip()), "")
-        entry = json.loads(first)
-    except json.JSONDecodeError:
-        return first in ("{", "[")  # and more lines
-    except (OSError, UnicodeDecodeError):
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
-    return isinstance(entry, list) or (isinstance(entry, dict) and "id" not in entry)
+    return isinstance(data, list) or (isinstance(data, dict) and "id" not in data)
 
 
 def parse(path: Path, text: str) -> list[tuple[str, Any]]:
