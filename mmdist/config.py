@@ -17,6 +17,7 @@ COLLECTIVES = ("auto", "shm", "gloo")
 PINS = ("auto", "none", "card")
 KERNELS = ("auto", "plain", "portable", "avx2", "avx512", "avx512_bf16")
 KV_CACHE_DTYPES = ("auto", "int8")
+VISION_BACKENDS = ("torch", "onnx", "om")
 QUANT_SCHEMES = ("auto", "none", "w8a16", "w4a16")
 FREE_TEXT_KEYS = (
     "prompt",
@@ -34,6 +35,7 @@ FREE_TEXT_KEYS = (
     "output_dir",
     "compare",
     "model.chat_template",
+    "vision.folder",
 )
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
@@ -132,6 +134,21 @@ class QuantConfig:
     def __post_init__(self) -> None:
         require(self.scheme in QUANT_SCHEMES, "quant.scheme", self.scheme, "|".join(QUANT_SCHEMES))
         require(self.group_size >= 0, "quant.group_size", self.group_size, "0 or above")
+
+
+@dataclass
+class VisionConfig:
+    backend: str = key(
+        "torch", "what computes the vision tower: torch, onnx (onnxruntime, on the CPU) or om (Ascend's ais_bench)"
+    )
+    folder: str | None = key(
+        None, "what weights_tools export --vision wrote, for onnx and om; default: CHECKPOINT-vision-BACKEND"
+    )
+
+    def __post_init__(self) -> None:
+        require(self.backend in VISION_BACKENDS, "vision.backend", self.backend, "|".join(VISION_BACKENDS))
+        needs_none = self.backend == "torch" and self.folder is not None
+        require(not needs_none, "vision.folder", self.folder, "vision.backend=onnx or om with it; torch reads none")
 
 
 @dataclass
@@ -234,6 +251,7 @@ class Config:
     model: ModelConfig = group(ModelConfig, "the model family")
     hardware: HardwareConfig = group(HardwareConfig, "where it runs")
     quant: QuantConfig = group(QuantConfig, "weights in integers")
+    vision: VisionConfig = group(VisionConfig, "what computes the vision tower")
     engine: EngineConfig = group(EngineConfig, "batching and the KV cache")
     launcher: LauncherConfig = group(LauncherConfig, "how the ranks are started")
 

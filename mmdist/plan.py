@@ -177,7 +177,7 @@ def cut(full: torch.Tensor, placement: Placement, tp: TP) -> torch.Tensor:
 
 @runtime_checkable
 class Readied(Protocol):
-    """A module whose parameters take another form once they are loaded."""
+    """A module whose parameters take another form once they are loaded, or that holds what is no parameter."""
 
     def bytes_once_ready(self) -> int: ...
 
@@ -190,8 +190,10 @@ def bytes_per_rank(model: nn.Module, tp: TP) -> tuple[int, int]:
     numbers = {True: 0, False: 0}
     seen: set[int] = set()
     for _, module, rank_zero_only in walk(model):
-        params = [param for param in module.parameters(recurse=False) if id(param) not in seen]
+        own = list(module.parameters(recurse=False))
+        params = [param for param in own if id(param) not in seen]
         seen |= {id(param) for param in params}
-        ready = module.bytes_once_ready() if isinstance(module, Readied) and params else sum(p.nbytes for p in params)
+        counts = params or not own  # a module whose parameters are another's, tied, does not
+        ready = module.bytes_once_ready() if isinstance(module, Readied) and counts else sum(p.nbytes for p in params)
         numbers[rank_zero_only] += ready
     return numbers[False], numbers[True] if tp.rank == 0 else 0

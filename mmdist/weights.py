@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from mmdist.blocks import from_stored
 from mmdist.checked import CheckedFile
 from mmdist.config import UserError
-from mmdist.manifest import MANIFEST, PART_FILES, Part, load_manifest, part_file
+from mmdist.manifest import MANIFEST, PART_FILES, Part, TensorEntry, load_manifest, part_file
 from mmdist.plan import Placement, Plan
-from mmdist.rank_file import DTYPES, RankFile
+from mmdist.rank_file import DTYPES, RankFile, sha256
 from mmdist.tp import TP
 
 log = logging.getLogger("mmdist.load")
@@ -64,6 +64,7 @@ class Checkpoint:
         self.dtypes: dict[str, str] = {}
         self.names: dict[str, str] = {}
         self.ignored: list[str] = []
+        self.left_out: frozenset[str] = frozenset()
         for path in find_files(folder):
             self._read_header(path, renames, ignored)
 
@@ -85,7 +86,7 @@ class Checkpoint:
 
     def check(self, plan: Plan, arch: str) -> None:
         """Refuse missing, unused and misshapen tensors before anything is loaded."""
-        missing, unused = plan.keys() - self.files.keys(), self.files.keys() - plan.keys()
+        missing, unused = plan.keys() - self.files.keys(), self.files.keys() - plan.keys() - self.left_out
         if missing or unused:
             stored_unused = min((self.names[name] for name in unused), default="-")
             raise UserError(
@@ -110,6 +111,14 @@ class Checkpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         return DTYPES[self.dtypes[name]]
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Tensors that something else stands for: not loaded, and no mistake."""
+        self.left_out = frozenset(names)
+
+    def source_sha256(self, name: str) -> str:
+        """Of the whole tensor's bytes, as it was before any split."""
+        return sha256(self.read_whole(name))
 
     def hash_ahead(self, threads: int) -> None:
         """Begin to check what will be read, where there are hashes to check it against."""
@@ -171,6 +180,10 @@ class SplitCheckpoint(Checkpoint):
         with open_safetensors(self.path):  # it is whole
             self.file = RankFile(self.path)
         self.is_checked = False
+        self.left_out = frozenset()
+
+    def source_sha256(self, name: str) -> str:
+        return self.entries[name].source_sha256
 
     def hash_ahead(self, threads: int) -> None:
         """Nothing to do where this very file was checked before."""
@@ -181,8 +194,13 @@ class SplitCheckpoint(Checkpoint):
             self.file.hash_ahead(threads)
 
     def all_read(self) -> None:
-        if not self.is_checked:
-            self.version.remember()
+        if self.is_checked:
+            return
+        for name in self.left_out:  # the whole file is remembered as checked
+            for part in self.entries[name].parts:
+                if part.rank == self.rank:
+                    self._check_hash(self.entries[name], part)
+        self.version.remember()
 
     def check(self, plan: Plan, arch: str) -> None:
         super().check(plan, arch)
@@ -214,11 +232,15 @@ class SplitCheckpoint(Checkpoint):
                 f"{self.path}: {entry.name} is {tensor.dtype} {list(tensor.shape)}, rows {part.ranges}; expected "
                 f"{entry.dtype} {list(wanted)}, rows {placement.ranges(tp)}; run weights_tools split again"
             )
-        if not self.is_checked and self.file.sha256(entry.name) != part.sha256:
+        if not self.is_checked:
+            self._check_hash(entry, part)
+        return tensor
+
+    def _check_hash(self, entry: TensorEntry, part: Part) -> None:
+        if self.file.sha256(entry.name) != part.sha256:
             raise UserError(
                 f"{self.path}: {entry.name} is damaged (its sha256 is not the manifest's); copy or split again"
             )
-        return tensor
 
     def joined(self, placements: Sequence[Placement], parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """Rows of one parameter that lie one behind the other, as split writes them."""

@@ -70,7 +70,7 @@ def test_pictures_and_ids_are_upstreams(variant: Case) -> None:
         pixels = prompt.vision["pixel_values"]
         assert np.array_equal(pixels.numpy(), reference[f"{item_id}/pixel_values"])
         found = {
-            "ln_vision": model.vision.ln_vision(model.vision.tower(pixels)),
+            "ln_vision": model.vision.tower(pixels),
             "image_embeds": model.vision(pixels),
             "inputs_embeds": input_embeds(engine, prompt.token_ids, first, model.encode_images(prompt.vision))[None],
         }

@@ -166,7 +166,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "blip2 with another eva": (
         lambda src: edit(src / BLIP2, lambda c: {"model": c["model"] | {"ln_vision.bias": torch.ones(96)}}),
-        "vision.ln_vision.bias is [96], expected [88]",
+        "vision.tower.ln_vision.bias is [96], expected [88]",
     ),
     "blip2 with more": (
         lambda src: edit(src / BLIP2, lambda c: {"model": c["model"] | {"something.weight": torch.ones(2)}}),

@@ -22,7 +22,7 @@ FLOORS = (
     ("mmdist.plan", "mmdist.manifest"),
     ("mmdist.quant",),
     ("mmdist.kernels", "mmdist.quant_files"),
-    ("mmdist.rank_file", "mmdist.checked"),
+    ("mmdist.rank_file", "mmdist.checked", "mmdist.vision_folder", "mmdist.vision_session"),
     ("mmdist.weights",),
     ("mmdist.loading",),
     ("mmdist.layers",),

@@ -1,4 +1,4 @@
-"""Put a split folder together again, or write a model's decoder, or its networks as ONNX files, as a folder.
+"""Put a split folder together again, or write a model's decoder, its vision tower, or its networks as ONNX, alone.
 
 Written to DST.partial and renamed when whole; run the same command again after a kill and it goes on where it stopped.
 export.json says where it comes from and has the hash of every tensor.
@@ -24,6 +24,7 @@ from mmdist.models.family import find_model, load_model_config
 from mmdist.quant_files import find_format
 from mmdist.rank_file import DTYPES, sha256
 from mmdist.weights import INDEX
+from weights_tools import vision
 from weights_tools.convert import group_files, index_text
 from weights_tools.display import size_words
 from weights_tools.folder import EXPORT, absolute, check_apart, check_target, copy_other_files
@@ -46,20 +47,27 @@ NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", metavar="DIR",
-        help="a folder made by split, or with --part decoder any checkpoint; with --static also a family's name",
+        help="a folder made by split, or with --part decoder any checkpoint; with --static and --vision also a "
+        "family's name",
     )  # fmt: skip
-    parser.add_argument("--dst", metavar="DIR", required=True, help="the folder to write")
+    parser.add_argument(
+        "--dst", metavar="DIR", help="the folder to write; with --vision by default DIR-vision-onnx or -om"
+    )
     parser.add_argument(
         "--part", choices=["decoder"], help="the language model alone, as transformers' own class has it"
     )
     static.add_arguments(parser)
+    vision.add_arguments(parser)
     add_job_arguments(parser, ExportJob.verb)
 
 
 def run(args: argparse.Namespace) -> int:
     static.check_options(args)
+    check_options(args)
     if args.static:
         return static.run(args)
+    if args.vision is not None:
+        return vision.run(args)
     folder, dst = absolute(args.folder), absolute(args.dst)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a folder made by weights_tools split, or a checkpoint")
@@ -75,6 +83,17 @@ def run(args: argparse.Namespace) -> int:
     words = "; nothing was written" if args.dry_run else ""
     print(f"{dst}: {len(job.tensors)} tensors{job.left_out()}, {size_words(sum(job.sizes.values()))}{words}")
     return 0
+
+
+def check_options(args: argparse.Namespace) -> None:
+    if args.vision is not None:
+        if args.part is not None or args.static:
+            raise UserError("--vision: not with --part or --static; run one after the other")
+    elif args.dst is None:
+        raise UserError("--dst DIR is needed: the folder to write")
+    for name in ("hardware", "soc") if args.vision == "onnx" else vision.OPTIONS if args.vision is None else ():
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} is of --vision {'om' if args.vision else 'onnx|om'}; leave it out, or add that")
 
 
 class ExportJob(FolderJob):

@@ -11,12 +11,16 @@ from typing import IO
 
 from mmdist.config import UserError
 from mmdist.manifest import MANIFEST
+from mmdist.vision_folder import VISION_MANIFEST
 from weights_tools.display import size_words
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
 CONVERSION, EXPORT, QUANTIZATION = "conversion.json", "export.json", "quantization.json"
 # Verb -> the file by which a folder it made is known.
-MARKS = {"split": MANIFEST, "convert": CONVERSION, "export": EXPORT, "quantize": QUANTIZATION}
+MARKS = {
+    "split": MANIFEST, "convert": CONVERSION, "export": EXPORT, "quantize": QUANTIZATION,
+    "export --vision": VISION_MANIFEST,
+}  # fmt: skip
 
 
 def mark(folder: Path, verb: str) -> Path:

@@ -29,6 +29,7 @@ class JoinedCheckpoint(Checkpoint):
         self.shapes = {name: tuple(entry.shape) for name, entry in self.entries.items()}
         self.dtypes = {name: entry.dtype for name, entry in self.entries.items()}
         self.ignored = []
+        self.left_out = frozenset()
         self.made: dict[str, torch.Tensor] = {}
         for entry in self.manifest.tensors:
             for words in tiling_gaps(entry, self.manifest.world_size):
@@ -55,6 +56,9 @@ class JoinedCheckpoint(Checkpoint):
             self.made[name], self.files[name] = tensor, self.files[beside]
             self.names[name] = f"{self.names[beside].rpartition('.')[0]}.{leaf}"
             self.shapes[name], self.dtypes[name] = tuple(tensor.shape), WORDS[tensor.dtype]
+
+    def source_sha256(self, name: str) -> str:
+        return self.entries[name].source_sha256 if name in self.entries else super().source_sha256(name)
 
     def read_whole(self, name: str) -> torch.Tensor:
         if name in self.made:

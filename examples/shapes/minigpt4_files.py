@@ -28,9 +28,10 @@ def save_checkpoint(model: MiniGPT4, tokenizer: bytes, folder: Path) -> None:
     bert = image / "bert-base-uncased"
     for sub in (bert, language, linear):
         sub.mkdir(parents=True, exist_ok=True)
-    save(take(tensors, "vision.tower."), image / "eva_vit_g.pth")
+    tower, norm = take(tensors, "vision.tower."), take(tensors, "vision.tower.ln_vision.")
+    save({name: value for name, value in tower.items() if not name.startswith("ln_vision.")}, image / "eva_vit_g.pth")
     qformer = {bert_name(name): value for name, value in take(tensors, "vision.qformer.").items()}
-    norm = {f"ln_vision.{name}": value for name, value in take(tensors, "vision.ln_vision.").items()}
+    norm = {f"ln_vision.{name}": value for name, value in norm.items()}
     save({"model": qformer | norm}, image / "blip2_pretrained_flant5xxl.pth")
     projection = {f"llama_proj.{name}": value for name, value in take(tensors, "vision.llama_proj.").items()}
     save({"model": projection}, linear / "pretrained_minigpt4_7b.pth")

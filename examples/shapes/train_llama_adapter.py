@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,10 +71,9 @@ class Trainer:
         return self.model.decoder.embed_tokens.weight
 
     def look(self, pictures: Squares, picks: np.ndarray) -> Seen:
-        encoder = self.model.vision
+        encoder: Any = self.model.vision
         layers = encoder.config.vision_config.num_hidden_layers
-        states = encoder.tower(normalize(pictures.tiles[picks], *m.NORMALIZE), [1, layers])
-        first, last = states.chunk(2, dim=-1)
+        first, last = encoder.tower.hidden_states(normalize(pictures.tiles[picks], *m.NORMALIZE), [1, layers])
         features = encoder.projection(encoder.tower.model.post_layernorm(last))
         return Seen(first[:, 1:], features[:, 1:], encoder.ask(features))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,11 +45,11 @@ class Seen:
 
 
 def look(encoder: MiniGPT4Encoder, pictures: Squares, picks: np.ndarray) -> Seen:
-    tower = encoder.tower
+    tower: Any = encoder.tower
     x = first = tower.blocks[0](tower.embed(normalize(pictures.tiles[picks], *m.NORMALIZE)))
     for block in tower.blocks[1:]:
         x = block(x)
-    states = encoder.ln_vision(x)
+    states = tower.ln_vision(x)
     return Seen(first[:, 1:], states[:, 1:], encoder.describe(states))
 
 

@@ -18,6 +18,7 @@ from mmdist.engine.cache import cache_shape
 from mmdist.engine.encoder import EncoderEngine
 from mmdist.engine.engine import Engine
 from mmdist.engine.memory import RankMemory, rank_memory
+from mmdist.engine.vision import check_precision, check_weights, find_exported, replace_tower
 from mmdist.kernels.kernels import Kernels
 from mmdist.kernels.native import find_kernels
 from mmdist.kernels.npu import npu_kernels
@@ -119,6 +120,8 @@ def open_model(config: Config, tp: TP, device: str, *, hash_ahead: bool = False)
     model_config = load_model_config(family, folder)
     check_world_size(family, model_config, tp.size, held or (Ascend(scheme) if scheme else None))
     model = build_model(family, model_config, tp)
+    if config.vision.backend != "torch":
+        replace_tower(model, config.model.name, checkpoint, config.vision, tp)
     if held is not None:
         check_description(folder, checkpoint.stored_dtypes())
         hold_as_stored(model, checkpoint, held, tp)
@@ -128,6 +131,7 @@ def open_model(config: Config, tp: TP, device: str, *, hash_ahead: bool = False)
     checkpoint.check(plan, config.model.name)
     check_plain(model, plan, checkpoint)
     cast(model, find_dtype(config, checkpoint, plan, device))
+    check_precision(model)
     return model, plan, checkpoint, model_config
 
 
@@ -146,6 +150,9 @@ def find_quant(config: Config) -> tuple[WeightFormat | None, Scheme | None]:
 
 def load_engine(config: Config, tp: TP, backend: Backend, spans: Spans = NOT_MEASURED) -> AnyEngine:
     model, plan, checkpoint, model_config = open_model(config, tp, backend.device.type, hash_ahead=True)
+    exported = find_exported(model)
+    if exported is not None and tp.rank == 0:
+        check_weights(exported, checkpoint)
     config = replace(config, engine=engine_settings(config, backend.chip))
     settings = fit_memory(config, model, plan, tp, backend)
     kernels = choose_kernels(config, backend, model.dtype)

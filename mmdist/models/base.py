@@ -93,7 +93,12 @@ class Model(nn.Module, ABC):
 
 
 class MultimodalModel(Model):
-    """A vision encoder on rank 0 and a decoder cut over the ranks."""
+    """A vision encoder on rank 0 and a decoder cut over the ranks.
+
+    tower_name: the module whose place a ready-made graph can take (mmdist.models.tower).
+    """
+
+    tower_name: ClassVar[str] = "vision.tower"
 
     def __init__(self, config: Any, tp: TP):
         super().__init__()

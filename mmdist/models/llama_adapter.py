@@ -23,7 +23,7 @@ from mmdist.layers.lora import add_lora
 from mmdist.models.base import MultimodalModel, Processor
 from mmdist.models.decoder import Decoder, DecoderLayer, DecoderShape, decoder_shape
 from mmdist.models.llama_adapter_processor import LlamaAdapterProcessor
-from mmdist.models.llama_adapter_vision import LlamaAdapterEncoder
+from mmdist.models.llama_adapter_vision import LlamaAdapterEncoder, encoder_activations
 from mmdist.plan import Piece, Shard
 from mmdist.tp import TP
 
@@ -126,10 +126,11 @@ def build_layer(config: LlamaAdapterConfig, shape: DecoderShape, tp: TP, layer: 
 
 class LlamaAdapter(MultimodalModel):
     config_class = LlamaAdapterConfig
+    tower_name = "vision"
 
     def __init__(self, config: Any, tp: TP):
         super().__init__(config, tp)
-        self.vision = LlamaAdapterEncoder(config)
+        self.vision: nn.Module = LlamaAdapterEncoder(config)
 
     def build_decoder(self, config: Any, tp: TP) -> Decoder:
         return LlamaAdapterDecoder(config, tp)
@@ -154,11 +155,11 @@ class LlamaAdapter(MultimodalModel):
         return 2 * len(self.adapters) * self.config.query_len * self.num_kv_heads * self.head_dim
 
     def vision_activations(self) -> int:
-        return self.vision.activations()
+        return encoder_activations(self.config)
 
     def encode_images(self, vision: dict[str, torch.Tensor]) -> torch.Tensor:
         """pixel_values (1, 3, size, size) -> (query_len, hidden)."""
-        return self.vision(vision["pixel_values"])[0]
+        return self.vision(vision["pixel_values"].to(self.dtype))[0]
 
     def remember(self, encoded: torch.Tensor, memory: Any) -> dict[int, KeysValues]:
         """By the number of the layer."""

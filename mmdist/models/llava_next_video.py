@@ -77,9 +77,7 @@ class LlavaNextVideo(LlavaNext):
         if "video_frames" not in vision:
             return super().encode_images(vision)
         frames = vision["video_frames"].to(self.vision.image_newline).split(MAX_TILES)
-        return torch.cat([self.vision.projector(self.pool(self.vision.features(some))) for some in frames]).flatten(
-            0, 1
-        )
+        return torch.cat([self.vision.projector(self.pool(self.vision.tower(some))) for some in frames]).flatten(0, 1)
 
     def pool(self, features: torch.Tensor) -> torch.Tensor:
         """(frames, patches, width) -> (frames, pooled patches, width); before the projector, without newlines."""

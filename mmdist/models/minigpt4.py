@@ -19,6 +19,7 @@ from mmdist.models.minigpt4_processor import MiniGPT4Processor
 from mmdist.models.minigpt4_vision import MiniGPT4Encoder
 from mmdist.tp import TP
 
+RENAMES = {"vision.ln_vision.": "vision.tower.ln_vision."}  # as folders have it that were converted earlier
 JOINED_PATCHES = 4  # neighbours that become one row in the variant without Q-Former
 
 
@@ -63,6 +64,7 @@ class MiniGPT4Config(PretrainedConfig):
 
 class MiniGPT4(MultimodalModel):
     config_class = MiniGPT4Config
+    renames = RENAMES
 
     def __init__(self, config: Any, tp: TP):
         super().__init__(config, tp)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmdist.kernels.kernels import PLAIN, Kernels
+from mmdist.models.tower import Tower, noise
 from mmdist.models.vision import MLP, FusedAttention
 
 EVA_NORM_EPS, LN_VISION_EPS = 1e-6, 1e-5
@@ -58,15 +59,23 @@ class PatchEmbed(nn.Module):
         return self.proj(pixel_values).flatten(2).transpose(1, 2)
 
 
-class EvaTower(nn.Module):
-    """EVA ViT-g without its last block and without a final norm: BLIP-2's ln_vision stands in for that."""
+class EvaTower(Tower):
+    """EVA ViT-g without its last block; BLIP-2's ln_vision stands in for its final norm.
+
+    The norm's weights are in BLIP-2's file, which the variant without Q-Former does not read.
+    """
 
     def __init__(self, config: Any):
         super().__init__()
+        self.image_size = config.image_size
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.vision_width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_patches, config.vision_width))
         self.blocks = nn.ModuleList(EvaBlock(config) for _ in range(config.vision_num_layers))
+        self.ln_vision = nn.LayerNorm(config.vision_width, LN_VISION_EPS, elementwise_affine=config.has_qformer)
+
+    def example_inputs(self, batch: int) -> tuple[torch.Tensor, ...]:
+        return (noise(batch, 3, self.image_size, self.image_size),)
 
     def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(pictures, 3, size, size) -> (pictures, 1 + patches, width), the class token first."""
@@ -74,10 +83,11 @@ class EvaTower(nn.Module):
         return torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1) + self.pos_embed
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(pictures, 3, size, size) -> (pictures, 1 + patches, width)."""
         x = self.embed(pixel_values)
         for block in self.blocks:
             x = block(x)
-        return x
+        return self.ln_vision(x)
 
 
 class QFormerAttention(nn.Module):
@@ -147,16 +157,14 @@ class MiniGPT4Encoder(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
-        self.tower = EvaTower(config)
-        # Its weights are in BLIP-2's file, which the variant without Q-Former does not read.
-        self.ln_vision = nn.LayerNorm(config.vision_width, LN_VISION_EPS, elementwise_affine=config.has_qformer)
+        self.tower: nn.Module = EvaTower(config)
         self.qformer = QFormer(config) if config.has_qformer else None
         self.llama_proj = nn.Linear(config.projector_width, config.text_config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(pictures, 3, size, size) -> (pictures, tokens_per_image, hidden)."""
         parts = pixel_values.to(self.llama_proj.weight).split(MAX_PICTURES)
-        return torch.cat([self.describe(self.ln_vision(self.tower(part))) for part in parts])
+        return torch.cat([self.describe(self.tower(part)) for part in parts])
 
     def describe(self, states: torch.Tensor) -> torch.Tensor:
         """(pictures, 1 + patches, vision width) -> (pictures, tokens_per_image, hidden)."""

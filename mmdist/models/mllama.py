@@ -33,10 +33,10 @@ from mmdist.tp import TP
 RENAMES = {
     "language_model.model.": "decoder.",
     "language_model.lm_head.": "lm_head.",
-    "vision_model.": "vision.model.",
+    "vision_model.": "vision.tower.model.",
     "multi_modal_projector.": "vision.projector.",
     "model.language_model.": "decoder.",
-    "model.vision_model.": "vision.model.",
+    "model.vision_model.": "vision.tower.model.",
     "model.multi_modal_projector.": "vision.projector.",
 }
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from mmdist.kernels.kernels import Kernels
 from mmdist.kernels.plain import find_activation
+from mmdist.models.tower import Tower, noise
 
 # Tiles of one forward pass of the tower: bounds its memory when a request has many pictures.
 MAX_TILES = 16
@@ -46,12 +47,21 @@ def register_attention(config: Any) -> None:
     config._attn_implementation = OUR_ATTENTION
 
 
-class ClipTower(nn.Module):
-    """CLIP's vision tower; all its parameters are there, the layers behind the last one asked for do not run."""
+class ClipTower(Tower):
+    """CLIP's vision tower; all its parameters are there, the layers behind the last one asked for do not run.
 
-    def __init__(self, config: Any):
+    layers: transformers' numbers of hidden states, 0 the embeddings, negative ones counted from the end.
+    """
+
+    def __init__(self, config: Any, layers: list[int], *, drop_class_token: bool):
         super().__init__()
         self.model: Any = transformers.CLIPVisionModel(config)
+        self.layers = [layer % (config.num_hidden_layers + 1) for layer in layers]
+        self.drop_class_token = drop_class_token
+
+    def example_inputs(self, batch: int) -> tuple[torch.Tensor, ...]:
+        size = self.model.config.image_size
+        return (noise(batch, 3, size, size),)
 
     def after_load(self, kernels: Kernels) -> None:
         embeddings = self.model.embeddings
@@ -63,16 +73,17 @@ class ClipTower(nn.Module):
                 del layer.mlp.activation_fn  # a module; a function may not take its place before it is gone
                 layer.mlp.activation_fn = kernels.quick_gelu
 
-    def forward(self, pixel_values: torch.Tensor, layers: list[int]) -> torch.Tensor:
-        """(tiles, 3, size, size) -> (tiles, 1 + patches, hidden * len(layers)).
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(tiles, 3, size, size) -> (tiles, patches, hidden * len(layers)), the class token first where it is kept."""
+        states = torch.cat(self.hidden_states(pixel_values, self.layers), dim=-1)
+        return states[:, 1:] if self.drop_class_token else states
 
-        Layer i is transformers' hidden_states[i]: 0 the embeddings, negative ones counted from the end.
-        """
-        wanted = [layer % (len(self.model.encoder.layers) + 1) for layer in layers]
+    def hidden_states(self, pixel_values: torch.Tensor, layers: list[int]) -> list[torch.Tensor]:
+        """(tiles, 1 + patches, hidden) behind each of the layers, 0 being the embeddings."""
         states = [self.model.pre_layrnorm(self.model.embeddings(pixel_values))]
-        for layer in self.model.encoder.layers[: max(wanted)]:
+        for layer in self.model.encoder.layers[: max(layers)]:
             states.append(layer(states[-1], attention_mask=None))
-        return torch.cat([states[i] for i in wanted], dim=-1)
+        return [states[layer] for layer in layers]
 
 
 class MLP(nn.Module):
@@ -126,12 +137,13 @@ class ClipEncoder(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         layers = config.vision_feature_layer
-        self.layers = [layers] if isinstance(layers, int) else list(layers)
-        self.drop_class_token = config.vision_feature_select_strategy == "default"
+        layers = [layers] if isinstance(layers, int) else list(layers)
+        drops = config.vision_feature_select_strategy == "default"
         hidden_size = config.text_config.hidden_size
-        self.tower = ClipTower(config.vision_config)
+        self.vision_config = config.vision_config
+        self.tower: nn.Module = ClipTower(config.vision_config, layers, drop_class_token=drops)
         self.projector = Projector(
-            config.vision_config.hidden_size * len(self.layers),
+            config.vision_config.hidden_size * len(layers),
             hidden_size,
             config.projector_hidden_act,
             config.multimodal_projector_bias,
@@ -139,16 +151,11 @@ class ClipEncoder(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(tiles, 3, size, size) -> (tiles, patches, decoder hidden)."""
-        return torch.cat([self.projector(self.features(tiles)) for tiles in pixel_values.split(MAX_TILES)])
-
-    def features(self, tiles: torch.Tensor) -> torch.Tensor:
-        """The tower's output, (tiles, patches, width), as the projector takes it."""
-        states = self.tower(tiles, self.layers)
-        return states[:, 1:] if self.drop_class_token else states
+        return torch.cat([self.projector(self.tower(tiles)) for tiles in pixel_values.split(MAX_TILES)])
 
     def activations(self) -> int:
         """Numbers that live at once in one pass over MAX_TILES tiles: pixels, a layer's hidden states, its MLP."""
-        config = self.tower.model.config
-        tokens = MAX_TILES * self.tower.model.embeddings.num_positions
+        config = self.vision_config
+        tokens = MAX_TILES * (1 + (config.image_size // config.patch_size) ** 2)
         pixels = 2 * MAX_TILES * 3 * config.image_size**2
         return pixels + tokens * (6 * config.hidden_size + 2 * config.intermediate_size)

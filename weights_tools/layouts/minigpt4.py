@@ -194,7 +194,7 @@ def read_qformer(source: Source) -> Part:
 
 def qformer_name(name: str) -> str:
     if name.startswith("ln_vision."):
-        return f"vision.{name}"
+        return f"vision.tower.{name}"
     for theirs, ours in QFORMER_NAMES.items():
         name = name.replace(theirs, ours)
     return f"vision.qformer.{name}"

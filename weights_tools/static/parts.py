@@ -40,7 +40,7 @@ def find_place(name: str) -> Place:
     if layer is not None:
         return Place(f"block_{layer[1]}", name[layer.end() :])
     if name.startswith("vision."):
-        return Place(VISION, name.removeprefix("vision.").removeprefix("model."))
+        return Place(VISION, name.removeprefix("vision.").removeprefix("tower.model."))
     if name.startswith("decoder.embed_tokens."):
         return Place(EMBEDDING, name.removeprefix("decoder."))
     return Place(LM_HEAD, name)
