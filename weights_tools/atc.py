@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mmdist.ascend import CHIPS
 from mmdist.config import EXIT_FAILED, UserError
 from mmdist.vision_folder import VisionManifest, graph_file
 
-# The chips of 800I A2 machines differ; npu-smi info shows which it is, and --soc names it.
-HARDWARE = {"300i_duo": "Ascend310P3", "800i_a2": "Ascend910B4"}
+# Machines of one name have differing chips (910B1 to B4); npu-smi info shows which it is, and --soc names it.
+HARDWARE = {chip.hardware: chip.soc_name for chip in CHIPS.values()}
 FAST_SIGMOID = ("--optypelist_for_implmode=Sigmoid,Gelu", "--op_select_implmode=high_performance")
 # As Ascend's own guides have it: CLIP (LLaMA-Adapter's), and without more EVA (MiniGPT-4's). Theirs for CLIP has
 # --input_format=ND since its graph turns the pixels itself; ours takes them as the convolution does. mllama's
