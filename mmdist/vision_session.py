@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,8 +42,7 @@ class OnnxSession:
     def __init__(self, path: Path):
         if not HAS_ONNXRUNTIME:
             raise UserError(f"onnxruntime is not installed, and nothing else runs {path.name}; {INSTALL_ONNX}")
-        import onnxruntime
-
+        onnxruntime = import_module("onnxruntime")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the ranks want the cores
@@ -85,9 +85,7 @@ class OmSession:
 
 
 def load_om(path: Path, device_id: int) -> Any:
-    from ais_bench.infer.interface import InferSession
-
-    return InferSession(device_id, str(path))
+    return import_module("ais_bench.infer.interface").InferSession(device_id, str(path))
 
 
 def first_line(error: Exception) -> str:

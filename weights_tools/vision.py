@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -264,8 +265,7 @@ def write_graph(tower: Tower, batch: int, path: Path) -> None:
 
 def tidy(path: Path) -> None:
     """Leave out where in the Python source each operator came from, and ask for no later ONNX than the operators do."""
-    import onnx
-
+    onnx = import_module("onnx")
     model = onnx.load(path, load_external_data=False)
     model.ir_version = IR_VERSION
     graph = model.graph
