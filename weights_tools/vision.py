@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from mmdist.config import UserError
-from mmdist.kernels.kernels import PLAIN
+from mmdist.kernels import plain
+from mmdist.kernels.kernels import Kernels
 from mmdist.loading import finish
 from mmdist.models.base import MultimodalModel
 from mmdist.models.exported import TORCH, graph_inputs, hash_weights, weight_names
@@ -214,6 +215,15 @@ class VisionExport:
         )
 
 
+class GraphKernels(Kernels):
+    """Plain torch without branches on numbers, which a graph cannot take."""
+
+    def masked_attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, *, scale: float
+    ) -> torch.Tensor:
+        return plain.masked_attention(q, k, v, mask, scale=scale)
+
+
 def load_tower(tower: Tower, checkpoint: Checkpoint, prefix: str) -> None:
     """Fill a tower built on meta, in float32."""
     tower.to_empty(device="cpu")
@@ -225,8 +235,9 @@ def load_tower(tower: Tower, checkpoint: Checkpoint, prefix: str) -> None:
                 f"config.json asks for {list(param.shape)}; the weights and the config are of different models"
             )
         param.copy_(checkpoint.read_whole(stored))
+    kernels = GraphKernels(torch.device("cpu"))
     for module in tower.modules():
-        finish(module, PLAIN)
+        finish(module, kernels)
 
 
 @torch.inference_mode()
