@@ -184,7 +184,7 @@ def fake_pictures(model: MultimodalModel, looks: bool) -> torch.Tensor:
     """What rank 0's tower makes of a picture."""
     size, half = 560 if looks else 336, {"dtype": torch.float16}
     if not looks:
-        return model.vision.projector(model.vision.features(torch.empty(5, 3, size, size, **half))).flatten(0, 1)
+        return model.vision.projector(model.vision.tower(torch.empty(5, 3, size, size, **half))).flatten(0, 1)
     vision = {
         "pixel_values": torch.empty(1, 4, 3, size, size, **half),
         "aspect_ratio_ids": torch.ones(1, dtype=torch.long),
