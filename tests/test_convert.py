@@ -262,5 +262,5 @@ def test_config_that_makes_no_model(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("family", list_layouts())
 def test_a_layout_is_a_family_with_settings_explained(family: str) -> None:
     layout = find_layout(family)
-    assert callable(layout.read) and find_model(family).renames == {}
+    assert callable(layout.read)
     assert all(isinstance(line, str) and line for line in layout.SETTINGS.values())

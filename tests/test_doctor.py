@@ -87,6 +87,7 @@ def test_ports_that_others_use() -> None:
     assert "which is asked for" not in machine.ports(LauncherConfig(master_port=port)).value
     free = next(port for port in PORTS if machine.is_port_free(port))
     with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # free, though a job may just have left it
         other.bind(("", free))
         other.listen()
         found = machine.ports(LauncherConfig())
