@@ -15,10 +15,10 @@ from PIL import Image
 from mmdist.config import Config, EngineConfig, ModelConfig, SamplingParams, UserError
 from mmdist.engine.engine import Engine
 from mmdist.engine.load import load_engine
+from mmdist.media import load_image
 from mmdist.models.llama_adapter_processor import alpaca_prompt, clip_pixels
 from mmdist.models.original import MEAN, STD
 from mmdist.tasks import chat
-from mmdist.tasks.media import load_image
 from mmdist.tasks.requests import build_request
 from mmdist.tp import TP
 from weights_tools.cli import main

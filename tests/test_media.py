@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from conftest import Case, answers, config_for, run_engine
 
+from mmdist import media
 from mmdist.config import SamplingParams, UserError
 from mmdist.engine.engine import Engine
-from mmdist.tasks import media
-from mmdist.tasks.media import choose_frames, load_video
+from mmdist.media import choose_frames, load_video
 from mmdist.tasks.requests import build_request
 
 

@@ -17,8 +17,8 @@ from mmdist.config import ModelConfig, SamplingParams, UserError
 from mmdist.engine.engine import Engine
 from mmdist.engine.load import load_engine
 from mmdist.engine.request import Request
+from mmdist.media import load_image
 from mmdist.models.minigpt4_processor import LLAMA2, SYSTEM, VICUNA
-from mmdist.tasks.media import load_image
 from mmdist.tp import TP
 from weights_tools.cli import main
 

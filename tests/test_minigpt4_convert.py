@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from split_cases import one_line
 
 from mmdist.engine.load import load_engine
-from mmdist.tasks.media import load_image
+from mmdist.media import load_image
 from mmdist.tp import TP
 from weights_tools.cli import main
 from weights_tools.folder import CONVERSION

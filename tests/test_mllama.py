@@ -14,7 +14,7 @@ from transformers import MllamaForConditionalGeneration
 
 from mmdist.config import SamplingParams
 from mmdist.engine.engine import Engine
-from mmdist.tasks.media import load_image
+from mmdist.media import load_image
 from mmdist.tasks.requests import build_request
 
 

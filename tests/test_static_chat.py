@@ -20,8 +20,8 @@ from mmdist.config import REPOSITORY, SamplingParams, UserError
 from mmdist.engine.engine import Engine
 from mmdist.engine.request import Request
 from mmdist.engine.sampler import likeliest, penalize, probabilities
+from mmdist.media import load_image
 from mmdist.models.base import Prompt
-from mmdist.tasks.media import load_image
 from mmdist.tasks.requests import user_message
 
 PICTURES = REPOSITORY / "assets" / "pictures"

@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parents[1]
 # Floors from the ground up; a file imports from its own floor's folder or from lower floors.
 FLOORS = (
     ("mmdist.config", "mmdist.log"),
-    ("mmdist.task_config",),
+    ("mmdist.task_config", "mmdist.media"),
     ("mmdist.native", "mmdist.cores", "mmdist.ascend", "mmdist.ports"),
     ("mmdist.collectives", "mmdist.hccl"),
     ("mmdist.backend", "mmdist.tp", "mmdist.blocks", "mmdist.agent", "mmdist.spans"),

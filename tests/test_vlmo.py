@@ -15,11 +15,11 @@ from vlmo_cases import SETTINGS, SIZES, TEXT_LEN, config, golden, inputs, plain,
 from mmdist.config import UserError
 from mmdist.engine.encoder import Answer, EncoderEngine
 from mmdist.engine.load import open_model
+from mmdist.media import load_image
 from mmdist.models.base import Prompt
 from mmdist.models.family import check_world_size, legal_world_sizes
 from mmdist.models.vlmo import Vlmo, VlmoConfig
 from mmdist.models.vlmo_processor import load_answers
-from mmdist.tasks.media import load_image
 from mmdist.tp import TP
 from weights_tools.cli import main as weights_tools
 

@@ -13,7 +13,7 @@ from conftest import GOLDEN, config_for, convert
 from mmdist.config import Config, SamplingParams
 from mmdist.engine.encoder import EncoderEngine
 from mmdist.engine.request import Request
-from mmdist.tasks.media import load_image
+from mmdist.media import load_image
 
 SETTINGS = {"vlmo_vqa": (), "vlmo_vqa_plus": ("num_heads=8",), "vlmo_retrieval": ()}
 SIZES = [1, 2, 4, 8]

@@ -18,8 +18,8 @@ from mmdist.config import Config, SamplingParams
 from mmdist.engine.engine import Engine
 from mmdist.engine.request import Request
 from mmdist.launch import become_rank, is_rank, run_rank, start
+from mmdist.media import load_image
 from mmdist.models.base import Prompt
-from mmdist.tasks.media import load_image
 
 HERE = Path(__file__).resolve()
 ON_RANKS = True

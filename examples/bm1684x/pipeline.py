@@ -17,8 +17,8 @@ from static_model import Sampling, StaticModel
 from mmdist.config import ModelConfig, UserError
 from mmdist.engine.detokenizer import Detokenizer
 from mmdist.engine.load import find_eos
+from mmdist.media import load_image
 from mmdist.models.family import find_model, load_model_config
-from mmdist.tasks.media import load_image
 from mmdist.tasks.requests import user_message
 
 QUIT, CLEAR = ("q", "quit", "exit"), ("clear", "new")

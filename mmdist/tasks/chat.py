@@ -17,8 +17,8 @@ from typing import Any
 from mmdist.config import EXIT_INTERRUPTED, REPOSITORY, SAMPLING_KEYS, SamplingParams, UserError
 from mmdist.engine.load import AnyEngine
 from mmdist.engine.request import Request
+from mmdist.media import load_image, load_video
 from mmdist.task_config import ChatConfig
-from mmdist.tasks.media import load_image, load_video
 from mmdist.tasks.requests import check_takes_video, user_message
 
 ON_RANKS = True

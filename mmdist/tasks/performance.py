@@ -19,6 +19,7 @@ from mmdist.collectives.counted import CountedCollectives
 from mmdist.config import REPOSITORY, UserError
 from mmdist.engine.encoder import EncoderEngine
 from mmdist.engine.load import AnyEngine, find_checkpoint, find_quant, load_engine
+from mmdist.media import load_image, load_video
 from mmdist.models.base import Prompt
 from mmdist.performance.figures import Case, measured_point, stopped_point
 from mmdist.performance.limits import Limits
@@ -29,7 +30,6 @@ from mmdist.performance.results import Result
 from mmdist.performance.workload import Workload, run_batch
 from mmdist.spans import TimedSpans, cost_s
 from mmdist.task_config import PerformanceConfig
-from mmdist.tasks.media import load_image, load_video
 from mmdist.tasks.performance_reports import begin_sweep as begin_sweep
 from mmdist.tasks.performance_reports import changed_keys, finish, read_compared, read_kept
 from mmdist.tasks.performance_reports import is_finished as is_finished

@@ -11,8 +11,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from mmdist.config import SAMPLING_KEYS, SamplingParams, UserError
 from mmdist.engine.request import Request
+from mmdist.media import PICTURE_SUFFIXES, find_file, load_image, load_video
 from mmdist.models.base import Processor
-from mmdist.tasks.media import PICTURE_SUFFIXES, find_file, load_image, load_video
 
 REQUEST_KEYS = {"id", "messages", "prompt", "question", "image", "images", "video", *SAMPLING_KEYS}
 ROLES = ("system", "user", "assistant")

@@ -16,12 +16,12 @@ from mmdist.config import UserError
 from mmdist.engine.encoder import EncoderEngine
 from mmdist.engine.load import AnyEngine
 from mmdist.engine.record import Recorder, record_folder
+from mmdist.media import PICTURE_SUFFIXES, find_file, load_image
 from mmdist.models.base import EncoderModel, Prompt
 from mmdist.models.family import find_model
 from mmdist.precision.recall import read_coco_captions
 from mmdist.precision.scores import pair_ids
 from mmdist.task_config import GenerateConfig
-from mmdist.tasks.media import PICTURE_SUFFIXES, find_file, load_image
 
 log = logging.getLogger("mmdist.retrieval")
 

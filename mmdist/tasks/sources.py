@@ -9,9 +9,9 @@ from PIL import Image
 
 from mmdist.config import SamplingParams, UserError
 from mmdist.engine.request import Request
+from mmdist.media import find_file, load_image, read_image
 from mmdist.models.base import Processor
 from mmdist.precision.vqa import VqaData
-from mmdist.tasks.media import find_file, load_image, read_image
 from mmdist.tasks.requests import (
     as_list,
     build_request,
