@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mmdist.config import EXIT_INTERRUPTED, EXIT_USER_ERROR, FREE_TEXT_KEYS, REPOSITORY, Config, UserError
+from mmdist.config import EXIT_INTERRUPTED, EXIT_USER_ERROR, FREE_TEXT_KEYS, MAP_KEYS, REPOSITORY, Config, UserError
 from mmdist.launch import become_rank, is_rank, leave, run_rank, start
 from mmdist.sweep import run_sweep
 from mmdist.task_config import TASKS
@@ -174,7 +174,7 @@ def explain(error: Exception) -> str:
 
 
 def quote_free_text(arguments: list[str]) -> list[str]:
-    """Quote the values of free-text keys, so that Hydra's grammar does not take prompts and paths apart.
+    """Quote the values of free-text keys, so that Hydra's grammar does not take prompts and paths apart; mark maps.
 
     Left alone: null, a value that is one quoted string already, and with -m a sweep written as choice(...).
     """
@@ -184,6 +184,8 @@ def quote_free_text(arguments: list[str]) -> list[str]:
 
 def quote(argument: str, sweep: bool) -> str:
     name, equals, value = argument.partition("=")
+    if name in MAP_KEYS:
+        return f"++{argument}"  # Hydra takes a map's new keys only so
     quoted = re.fullmatch(r"""'(\\.|[^'\\])*'|"(\\.|[^"\\])*\"""", value, re.DOTALL)
     if name.lstrip("+") not in FREE_TEXT_KEYS or not equals or quoted or value == "null":
         return argument

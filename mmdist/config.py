@@ -5,9 +5,12 @@ The yaml files in conf/ choose among these; `python launch.py --help` prints the
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, fields
+from math import inf, isfinite
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -34,9 +37,12 @@ FREE_TEXT_KEYS = (
     "checkpoint",
     "output_dir",
     "compare",
+    "json_schema",
+    "regex",
     "model.chat_template",
     "vision.folder",
 )
+MAP_KEYS = ("logit_bias",)
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -47,8 +53,8 @@ class UserError(ValueError):
 
 def key(default: Any, help: str) -> Any:
     """A config key with its default and the line that --help prints for it."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -59,6 +65,24 @@ def group(kind: type, help: str) -> Any:
 def require(condition: bool, name: str, value: object, legal: str) -> None:
     if not condition:
         raise UserError(f"{name}={value}: expected {legal}")
+
+
+def has_type(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON or given by a caller is of an annotated type; a whole number is a float too."""
+    if isinstance(hint, UnionType):
+        return any(has_type(value, option) for option in get_args(hint))
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(has_type(item, get_args(hint)[0]) for item in value)
+    if get_origin(hint) is dict:
+        of_key, of_value = get_args(hint)
+        return isinstance(value, dict) and all(has_type(k, of_key) and has_type(v, of_value) for k, v in value.items())
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float) if hint is float else isinstance(value, hint)
+
+
+def type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
 
 
 @dataclass
@@ -211,27 +235,100 @@ class SamplingParams:
     """How the next token is chosen; the names are vLLM's. Usable in a request and on the command line."""
 
     max_new_tokens: int = key(256, "most tokens of an answer")
+    min_new_tokens: int = key(0, "no end-of-sequence and none of stop_token_ids before this many tokens")
     temperature: float = key(0.0, "0 is greedy; above, the logits are divided by it before sampling")
     top_p: float = key(1.0, "sample among the likeliest tokens that hold this share of the probability")
     top_k: int = key(
         0, "sample among this many likeliest tokens; 0 or -1: all (model=vlmo: how many answers to name; 0 or -1: 5)"
     )
+    min_p: float = key(0.0, "sample among the tokens at least this share as probable as the likeliest")
+    typical_p: float = key(
+        1.0, "sample among the tokens nearest to the expected information that hold this share of the probability"
+    )
     repetition_penalty: float = key(1.0, "above 1: tokens of prompt and answer become less likely")
+    frequency_penalty: float = key(0.0, "-2 to 2: taken off a token's logit each time the answer has it already")
+    presence_penalty: float = key(0.0, "-2 to 2: taken off a token's logit once the answer has it")
+    logit_bias: dict[int, float] = key({}, "added to the logits of these tokens, as in {13:-100}; -100 to 100")
     seed: int | None = key(None, "seed of this request's own random numbers; default: drawn anew")
     stop: list[str] = key([], "the answer ends before the first of these texts")
+    stop_token_ids: list[int] = key([], "the answer ends at the first of these tokens, whose text is left out")
+    include_stop_str_in_output: bool = key(False, "keep the text that ended the answer, or that of its last token")
     ignore_eos: bool = key(False, "go on after the end-of-sequence token")
+    skip_special_tokens: bool = key(True, "leave special tokens out of the text")
     logprobs: int | None = key(None, "report each token's log probability and this many best alternatives")
+    json_schema: str | None = key(
+        None, "the answer is JSON of this schema ({}: any object); takes pip install 'mmdist[guided]'"
+    )
+    regex: str | None = key(None, "the whole answer matches this regular expression; takes mmdist[guided] too")
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             self.stop = [self.stop]
-        require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "a whole number above 0")
-        require(self.temperature >= 0, "temperature", self.temperature, "0 or above")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1")
-        require(self.top_k >= -1, "top_k", self.top_k, "-1, 0 or above")
-        require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0")
+        if isinstance(self.json_schema, dict):
+            self.json_schema = json.dumps(self.json_schema)
+        if isinstance(self.logit_bias, dict):  # JSON's keys are texts
+            self.logit_bias = {as_number(token_id): bias for token_id, bias in self.logit_bias.items()}
+        for name, hint in SAMPLING_TYPES.items():
+            check_value(name, getattr(self, name), hint)
+        if self.temperature < MIN_TEMPERATURE:
+            self.temperature = 0.0
+        least, most = self.min_new_tokens, self.max_new_tokens
+        require(least <= most, "min_new_tokens", least, f"at most max_new_tokens={most}")
         require(all(self.stop), "stop", self.stop, "texts of at least one character")
-        require(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "0 or above")
+        require(all(i >= 0 for i in self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "ids, 0 or above")
+        legal = all(i >= 0 and abs(bias) <= MAX_LOGIT_BIAS for i, bias in self.logit_bias.items())
+        require(legal, "logit_bias", self.logit_bias, f"ids, each with -{MAX_LOGIT_BIAS} to {MAX_LOGIT_BIAS}")
+        check_guided(self)
+
+
+SAMPLING_TYPES = get_type_hints(SamplingParams)
+MIN_TEMPERATURE = 1e-5  # below, it is 0 (as in vLLM): logits divided by less leave float32
+MAX_LOGIT_BIAS = 100  # OpenAI's, as are the penalties' limits
+LIMITS: dict[str, tuple[float, float]] = {
+    "max_new_tokens": (1, inf),
+    "min_new_tokens": (0, inf),
+    "temperature": (0, inf),
+    "top_k": (-1, inf),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 100),  # beyond, logits leave float32
+    "frequency_penalty": (-2, 2),
+    "presence_penalty": (-2, 2),
+    "seed": (-(2**63), 2**64 - 1),  # torch's
+    "logprobs": (0, inf),
+}
+
+
+def as_number(token_id: Any) -> Any:
+    return int(token_id) if isinstance(token_id, str) and token_id.isdecimal() else token_id
+
+
+def check_value(name: str, value: Any, hint: Any) -> None:
+    if not has_type(value, hint):
+        raise UserError(f"{name}={value!r}: expected {type_name(hint)}")
+    require(not isinstance(value, float) or isfinite(value), name, value, "a finite number")
+    if name in ("top_p", "typical_p"):
+        require(0 < value <= 1, name, value, "above 0, at most 1")
+    if name in LIMITS and value is not None:
+        low, high = LIMITS[name]
+        require(low <= value <= high, name, value, f"{low} to {high}" if high < inf else f"{low} or above")
+
+
+def check_guided(params: SamplingParams) -> None:
+    """json_schema and regex, whose grammar decides when the answer ends."""
+    if params.json_schema is None and params.regex is None:
+        return
+    if params.json_schema is not None and params.regex is not None:
+        raise UserError("json_schema and regex are both given; an answer follows one of them")
+    name = "regex" if params.json_schema is None else "json_schema"
+    if params.ignore_eos or params.min_new_tokens:
+        other = "ignore_eos" if params.ignore_eos else "min_new_tokens"
+        raise UserError(f"{other} does not go with {name}, which ends when the answer is complete; leave it out")
+    if params.json_schema is not None:
+        try:
+            schema = json.loads(params.json_schema)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"json_schema is not JSON: {error}") from error
+        require(isinstance(schema, dict), "json_schema", params.json_schema, "a JSON object")
 
 
 SAMPLING_KEYS = tuple(f.name for f in fields(SamplingParams))

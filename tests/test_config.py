@@ -66,6 +66,8 @@ def test_defaults_and_groups() -> None:
     assert compose("task=generate", "input=x", "hardware=cpu").hardware.device == "cpu"
     assert compose("engine=low_memory").engine.max_num_batched_tokens == 512
     assert compose("stop=['###', 'b']", "world_size=4").stop == ["###", "b"]
+    assert compose("logit_bias={5:-100,7:1}").logit_bias == {5: -100.0, 7: 1.0}
+    assert compose("json_schema={}").json_schema == "{}" and compose("regex=a{2},b").regex == "a{2},b"
 
 
 def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str]:
@@ -82,9 +84,19 @@ WRONG = {
     "hardware=tpu": "Available options in 'hardware'",
     "hardware.device=tpu": "expected auto|cpu|cuda",
     "max_new_tokens=many": "'many' of type 'str' could not be converted to Integer",
-    "max_new_tokens=0": "above 0",
+    "max_new_tokens=0": "1 or above",
     "temperature=-1": "temperature=-1",
     "top_p=2": "top_p=2",
+    "min_p=nan": "min_p=nan: expected a finite number",
+    "temperature=inf": "temperature=inf: expected a finite number",
+    "typical_p=0": "above 0, at most 1",
+    "frequency_penalty=3": "-2 to 2",
+    "logit_bias={5:101}": "-100 to 100",
+    "logit_bias={a:5}": "Key a (str) is incompatible with (int)",
+    "stop_token_ids=[-1]": "ids, 0 or above",
+    "min_new_tokens=257": "at most max_new_tokens=256",
+    "json_schema={": "json_schema is not JSON",
+    "json_schema=[]": "expected a JSON object",
     "dtype=int8": "auto|float32|float16|bfloat16",
     "hardware.pin=0": "auto|none",
     "hardware.collectives=mpi": "auto|shm|gloo",
@@ -198,6 +210,32 @@ def test_sampling_params_accept_one_stop_text() -> None:
     assert SamplingParams(stop="###").stop == ["###"]  # type: ignore[arg-type]
     with pytest.raises(UserError, match="stop"):
         SamplingParams(stop=[""])
+
+
+WRONG_PARAMS: dict[str, dict[str, Any]] = {
+    "temperature='1': expected float": {"temperature": "1"},
+    "top_k=True: expected int": {"top_k": True},
+    "top_p=nan": {"top_p": float("nan")},
+    "presence_penalty=-3": {"presence_penalty": -3},
+    "seed=18446744073709551616": {"seed": 2**64},
+    r"logit_bias=\{'x': 1\}: expected dict\[int, float\]": {"logit_bias": {"x": 1}},
+    "stop_token_ids=5": {"stop_token_ids": 5},
+    "an answer follows one of them": {"json_schema": "{}", "regex": "a"},
+    "ignore_eos does not go with regex": {"regex": "a", "ignore_eos": True},
+    "min_new_tokens does not go with json_schema": {"json_schema": {}, "min_new_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("words", WRONG_PARAMS)
+def test_wrong_sampling_params(words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        SamplingParams(**WRONG_PARAMS[words])
+
+
+def test_sampling_params_as_json_has_them() -> None:
+    params = SamplingParams(logit_bias={"5": -1}, json_schema={"type": "object"})  # type: ignore[dict-item,arg-type]
+    assert params.logit_bias == {5: -1} and params.json_schema == '{"type": "object"}'
+    assert SamplingParams(temperature=1e-7).temperature == 0
 
 
 def test_busy_ports_are_said(mistral: Case) -> None:

@@ -158,9 +158,7 @@ def test_streamed_text_is_the_whole_text(mistral: Case) -> None:
         return deltas, {o.id: o.text for o in ends}, {o.id: engine.prompts.decode(o.token_ids) for o in ends}
 
     deltas, texts, decoded = run_engine(1, config_for(mistral.checkpoint), work)
-    assert texts == decoded
-    for item_id, text in texts.items():  # random weights make broken characters, whose ends cannot be told early
-        assert deltas[item_id].rpartition("\ufffd")[2] == text.rpartition("\ufffd")[2]
+    assert deltas == texts == decoded  # random weights make broken characters too
 
 
 def test_eos_ends_the_answer(mistral: Case) -> None:

@@ -14,12 +14,12 @@ from conftest import CPU, config_for, convert, run_ranks
 from safetensors.torch import load_file, save_file
 from test_tasks import main
 
-from mmdist.config import REPOSITORY, UserError
+from mmdist.config import REPOSITORY, SamplingParams, UserError
 from mmdist.engine.engine import Engine
 from mmdist.engine.load import load_engine
 from mmdist.engine.record import load_record
 from mmdist.launch import run_rank
-from mmdist.precision.answers import Answers, read_answers
+from mmdist.precision.answers import Answers, check_settings, read_answers
 from mmdist.precision.compare import compare_layers, compare_request
 from mmdist.precision.scores import read_scores
 from mmdist.task_config import GenerateConfig, PrecisionConfig
@@ -273,6 +273,16 @@ def test_a_reference_that_is_no_reference(monkeypatch: Any, capsys: Any, saved: 
     change(lines, what)
     write(lines)
     refused(monkeypatch, capsys, REFUSED[what], *JOB[:3], *JOB[4:], f"answers={saved}", "reference=there.jsonl")
+
+
+def test_a_setting_newer_than_a_file_has_its_default_there() -> None:
+    old, new = {"max_new_tokens": 8}, generate.settings_of(SamplingParams(max_new_tokens=8))
+    for sides in (({"a": old}, {"a": new}), ({"a": new}, {"a": old})):
+        check_settings(*sides, "reference=old.jsonl")
+    biased = json.loads(json.dumps(generate.settings_of(SamplingParams(max_new_tokens=8, logit_bias={5: 1}))))
+    check_settings({"a": biased}, {"a": generate.settings_of(SamplingParams(max_new_tokens=8, logit_bias={5: 1}))}, "")
+    with pytest.raises(UserError, match=r"logit_bias=\{\} \(here"):
+        check_settings({"a": old}, {"a": biased}, "reference=old.jsonl")
 
 
 def refused(monkeypatch: Any, capsys: Any, words: str, *arguments: str) -> None:

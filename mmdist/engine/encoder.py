@@ -117,6 +117,8 @@ class EncoderEngine:
             token_ids=labels[:1],
             logprobs=None,
             finish_reason="stop",
+            token_id=labels[0],
+            num_tokens=1,
             label=labels[0],
             top=[
                 {"label": label, "answer": answer, "logit": logit}

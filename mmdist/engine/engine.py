@@ -12,11 +12,11 @@ from itertools import islice
 import torch
 from torch.nn import Module
 
-from mmdist.config import EngineConfig, UserError
+from mmdist.config import EngineConfig, SamplingParams, UserError
 from mmdist.engine.batch import Batch, Scheduled, build_batch, image_embeds, take_memories
 from mmdist.engine.blocks import BlockManager
 from mmdist.engine.cache import PagedCache, cache_shape
-from mmdist.engine.detokenizer import Detokenizer
+from mmdist.engine.detokenizer import build_detokenizer
 from mmdist.engine.record import Recorder, list_stages
 from mmdist.engine.request import Output, Request, Sequence, failed
 from mmdist.engine.runner import Runner
@@ -61,13 +61,12 @@ class Engine:
             )
         if request.id in self.sequences:
             raise UserError(f"id {request.id} is given twice; ids must differ")
+        refuse_unknown(request.params)
         pictures = request.prompt.memory_pictures
         if pictures > self.scheduler.config.max_pictures:
             raise UserError(f"{pictures} pictures, engine.max_pictures={self.scheduler.config.max_pictures}; raise it")
         max_tokens = min(length + request.params.max_new_tokens, self.max_model_len)
-        own_stop = [] if request.params.ignore_eos else self.prompts.stop
-        detokenizer = Detokenizer(self.prompts.decode, [*request.params.stop, *own_stop])
-        sequence = Sequence(request, detokenizer, max_tokens)
+        sequence = Sequence(request, build_detokenizer(self.prompts, request.params), max_tokens)
         self.sequences[request.id] = sequence
         self.scheduler.add(sequence)
 
@@ -167,11 +166,12 @@ class Engine:
         params = sequence.request.params
         with self.spans("sample"):
             token_id = sample(scores, sequence)
-        if params.logprobs is not None:
-            sequence.logprobs.append(logprobs_entry(scores.logits, token_id, params.logprobs))
+        entry = None if params.logprobs is None else logprobs_entry(scores.logits, token_id, params.logprobs)
+        if entry is not None:
+            sequence.logprobs.append(entry)
         sequence.output_ids.append(token_id)
         with self.spans("detokenise"):
-            reason = self._finish_reason(sequence, token_id)
+            reason, stop_reason = self._end(sequence, token_id)
             delta = sequence.detokenizer.take(finished=reason is not None)
         if reason is not None:
             self.abort(sequence.request.id)
@@ -181,15 +181,41 @@ class Engine:
             text=sequence.detokenizer.text,
             prompt_token_ids=sequence.request.prompt.token_ids,
             token_ids=sequence.output_ids,
-            logprobs=sequence.logprobs if params.logprobs is not None else None,
+            logprobs=None if entry is None else sequence.logprobs,
             finish_reason=reason,
+            token_id=token_id,
+            logprob=entry,
+            num_tokens=len(sequence.output_ids),
+            stop_reason=stop_reason,
         )
 
-    def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
-        detokenizer = sequence.detokenizer
-        ended = token_id in self.eos_token_ids and not sequence.request.params.ignore_eos
+    def _end(self, sequence: Sequence, token_id: int) -> tuple[str | None, str | int | None]:
+        """finish_reason and stop_reason; the text of an end-of-sequence or stop token is left out, unless asked for."""
+        params, detokenizer = sequence.request.params, sequence.detokenizer
+        eos = token_id in self.eos_token_ids and not params.ignore_eos
+        ended = eos or token_id in params.stop_token_ids
         full = sequence.num_tokens >= sequence.max_tokens
-        stopped = detokenizer.push(token_id) or ((ended or full) and detokenizer.finish())
-        if stopped or ended:
-            return "stop"
-        return "length" if full else None
+        stopped = (not ended or params.include_stop_str_in_output) and detokenizer.push(token_id)
+        if not stopped and (ended or full):
+            stopped = detokenizer.finish()
+        if stopped:
+            return "stop", detokenizer.stop_reason
+        if ended:
+            return "stop", None if eos else token_id
+        return "length" if full else None, None
+
+
+def refuse_unknown(params: SamplingParams) -> None:
+    defaults = SamplingParams(max_new_tokens=params.max_new_tokens)
+    for name in (
+        "min_p",
+        "typical_p",
+        "frequency_penalty",
+        "presence_penalty",
+        "logit_bias",
+        "min_new_tokens",
+        "json_schema",
+        "regex",
+    ):
+        if getattr(params, name) != getattr(defaults, name):
+            raise UserError(f"{name}: not there yet; leave it out")

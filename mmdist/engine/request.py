@@ -22,10 +22,12 @@ class Request:
 
 @dataclass
 class Output:
-    """One step's news of a request; `finish_reason` (stop, length or error) is set with the last one.
+    """One step's news of a request; `finish_reason` (stop, length, error, abort or timeout) is set with the last one.
 
-    delta: text that is new. logprobs: one entry a generated token, when asked for. prompt_token_ids, token_ids, text:
-    all so far.
+    delta: text that is new. token_id, logprob: this step's token and, when asked for, its entry of logprobs.
+    num_tokens: generated so far. prompt_token_ids, token_ids, text, logprobs (one entry a token): all so far; the lists
+    are the request's own and go on growing. stop_reason: the stop text or stop token that ended it; None for
+    end-of-sequence and length. num_cached_tokens: of the prompt, those that needed no prefill.
     """
 
     id: str
@@ -36,6 +38,11 @@ class Output:
     logprobs: list[dict] | None
     finish_reason: str | None
     error: str | None = None
+    token_id: int | None = None
+    logprob: dict | None = None
+    num_tokens: int = 0
+    stop_reason: str | int | None = None
+    num_cached_tokens: int = 0
 
     def line(self) -> dict[str, Any]:
         """The answer as a file of answers has it."""

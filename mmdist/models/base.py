@@ -7,7 +7,7 @@ pass. Both are built on meta; see mmdist.weights for the rest.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -45,6 +45,8 @@ class Processor(ABC):
 
     stop: Sequence[str] = ()  # texts that end this family's answers
     takes_video: bool = False  # prompt() then also has videos=, each a list of PIL frames
+    # Tokens of single bytes, where a broken one among neighbours makes all of them unreadable (transformers' decode).
+    joined: Set[int] = frozenset()
     single_turn: bool = False  # the family has no conversation: a chat then asks each question by itself
 
     @abstractmethod
@@ -52,8 +54,8 @@ class Processor(ABC):
         """Chat messages (with image parts in place) or raw text, and their PIL pictures -> Prompt."""
 
     @abstractmethod
-    def decode(self, token_ids: list[int]) -> str:
-        """Text without special tokens."""
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Text, without special tokens or with their names."""
 
 
 class Model(nn.Module, ABC):

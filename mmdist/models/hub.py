@@ -21,6 +21,7 @@ class HubProcessor(Processor):
 
     def __init__(self, processor: Any, folder: Path, options: ModelConfig):
         self.processor, self.folder = processor, folder
+        self.joined = find_bytes(processor.tokenizer)
         if options.chat_template is not None:
             processor.chat_template = read_template(Path(options.chat_template))
 
@@ -62,8 +63,16 @@ class HubProcessor(Processor):
         except jinja2.TemplateError as error:
             raise UserError(f"messages: the chat template refuses them: {error}") from error
 
-    def decode(self, token_ids: list[int]) -> str:
-        return self.processor.tokenizer.decode(token_ids, skip_special_tokens=True)
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        return self.processor.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+
+def find_bytes(tokenizer: Any) -> frozenset[int]:
+    """Ids of a sentencepiece vocabulary's byte pieces; none in one of bytes alone."""
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+    ids = tokenizer.convert_tokens_to_ids(pieces)
+    found = zip(ids, tokenizer.convert_ids_to_tokens(ids), pieces, strict=True)
+    return frozenset(token_id for token_id, stored, piece in found if stored == piece)
 
 
 def check_placeholders(text: str, placeholder: str, count: int, what: str) -> None:

@@ -16,7 +16,7 @@ from sentencepiece import SentencePieceProcessor
 
 from mmdist.config import UserError
 from mmdist.models.base import Processor, Prompt
-from mmdist.models.original import TOKENIZER, load_pieces, to_pixels
+from mmdist.models.original import TOKENIZER, load_pieces, name_special, to_pixels
 
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -49,8 +49,8 @@ class LlamaAdapterProcessor(Processor):
         vision = {"pixel_values": clip_pixels(images[0], self.image_size)}
         return Prompt(token_ids, vision=vision, memory=(), memory_pictures=1)
 
-    def decode(self, token_ids: list[int]) -> str:
-        return self.tokenizer.decode(token_ids)
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        return self.tokenizer.decode(token_ids) if skip_special_tokens else name_special(self.tokenizer, token_ids)
 
 
 def alpaca_prompt(messages: list[dict]) -> str:

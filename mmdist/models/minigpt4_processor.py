@@ -19,7 +19,7 @@ from sentencepiece import SentencePieceProcessor
 from mmdist.config import UserError
 from mmdist.models.base import Processor, Prompt
 from mmdist.models.hub import check_placeholders
-from mmdist.models.original import TOKENIZER, load_pieces, to_pixels
+from mmdist.models.original import TOKENIZER, load_pieces, name_special, to_pixels
 
 PLACEHOLDER = "<ImageHere>"
 PICTURE = f"<Img>{PLACEHOLDER}</Img>"
@@ -107,8 +107,10 @@ class MiniGPT4Processor(Processor):
         ids = ([self.special[piece]] if piece in self.special else self.tokenizer.encode(piece) for piece in pieces)
         return [token_id for some in ids for token_id in some]
 
-    def decode(self, token_ids: list[int]) -> str:
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         known = range(len(self.special), self.tokenizer.vocab_size())
+        if not skip_special_tokens:
+            return name_special(self.tokenizer, token_ids)
         return self.tokenizer.decode([token_id for token_id in token_ids if token_id in known])
 
 

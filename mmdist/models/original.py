@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,19 @@ def load_pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
         return sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise UserError(f"{path}: truncated, or no sentencepiece model; copy it again") from error
+
+
+def name_special(tokenizer: sentencepiece.SentencePieceProcessor, token_ids: Sequence[int]) -> str:
+    """Text with the names of special pieces (<s>) in it; what the model has beyond the pieces has no text."""
+    known = [token_id for token_id in token_ids if token_id < tokenizer.vocab_size()]
+    text = ""
+    for special, run in groupby(known, lambda i: tokenizer.is_control(i) or tokenizer.is_unknown(i)):
+        ids = list(run)
+        if special:
+            text += "".join(map(tokenizer.id_to_piece, ids))
+        else:  # the blank of a first word is kept inside a text
+            text += " " * (bool(text) and tokenizer.id_to_piece(ids[0]).startswith("▁")) + tokenizer.decode(ids)
+    return text
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:

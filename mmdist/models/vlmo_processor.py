@@ -53,7 +53,7 @@ class VlmoProcessor(Processor):
         pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255
         return ((pixels - 0.5) / 0.5)[None]
 
-    def decode(self, token_ids: list[int]) -> str:
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         """A list of one class -> its answer."""
         return ", ".join(self.answers[label] for label in token_ids)
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from mmdist.config import UserError
+from mmdist.config import SamplingParams, UserError
 from mmdist.engine.record import Record, load_record
 
+DEFAULTS = vars(SamplingParams())
 SHOWN = 5  # ids or settings named in an error, tokens of a divergence
 
 
@@ -74,12 +75,16 @@ def check_ids(found: Iterable[str], wanted: Iterable[str], where: str) -> None:
 
 
 def check_settings(reference: dict[str, dict[str, Any]], ours: dict[str, dict[str, Any]], where: str) -> None:
-    """Generation settings by id, of both sides; refused where they differ, with the first differing values."""
+    """Generation settings by id, of both sides; refused where they differ, with the first differing values.
+
+    A setting that a file does not have is newer than the file, which was made as its default says.
+    """
     differing: dict[str, str] = {}
     for name in reference.keys() & ours.keys():
-        for setting, value in ours[name].items():
-            if reference[name].get(setting) != value:
-                differing.setdefault(setting, f"{setting}={reference[name].get(setting)} (here {value})")
+        theirs, own = DEFAULTS | reference[name], DEFAULTS | ours[name]
+        for setting, value in own.items():
+            if theirs.get(setting) != value:
+                differing.setdefault(setting, f"{setting}={theirs.get(setting)} (here {value})")
     if differing:
         raise UserError(
             f"{where}: made with other generation settings: {', '.join(sorted(differing.values()))}; make it again "

@@ -19,7 +19,7 @@ from transformers.models.mllama import processing_mllama
 from mmdist.backend import find_device
 from mmdist.config import Config, UserError
 from mmdist.engine.cache import cache_shape
-from mmdist.engine.detokenizer import Detokenizer
+from mmdist.engine.detokenizer import build_detokenizer
 from mmdist.engine.load import find_checkpoint, find_eos, open_model
 from mmdist.engine.record import Recorder, list_stages, spread
 from mmdist.engine.request import Output, Request, failed
@@ -140,8 +140,7 @@ class TransformersEngine:
 
     def finish(self, request: Request, eos: list[int], token_ids: list[int], logits: list[torch.Tensor]) -> Output:
         """Cut at the first stop text, as our engine does."""
-        own_stop = [] if request.params.ignore_eos else self.prompts.stop
-        detokenizer = Detokenizer(self.prompts.decode, [*request.params.stop, *own_stop])
+        detokenizer = build_detokenizer(self.prompts, request.params)
         stopped = next((i for i, token_id in enumerate(token_ids, 1) if detokenizer.push(token_id)), None)
         token_ids = token_ids[:stopped]
         stopped = detokenizer.finish() or stopped or token_ids[-1] in eos

@@ -122,5 +122,6 @@ class Batch:
 
 
 def settings_of(params: SamplingParams) -> dict[str, Any]:
-    """What an answer depends on: answers are compared with those of the same settings only."""
-    return {name: getattr(params, name) for name in SAMPLING_KEYS if name != "logprobs"}
+    """What an answer depends on, as JSON has it: answers are compared with those of the same settings only."""
+    settings = {name: getattr(params, name) for name in SAMPLING_KEYS if name != "logprobs"}
+    return settings | {"logit_bias": {str(token_id): bias for token_id, bias in params.logit_bias.items()}}
