@@ -30,29 +30,34 @@ LOST_PEER = ("LostPeer", "Connection", "gloo", "HCCL", "Hccl", "EI0002", "EI0006
 SHUTDOWN_S = 5  # from SIGTERM to SIGKILL for the ranks that are left when one has failed
 
 
-def run_agent(command: list[str], size: int, config: LauncherConfig, threads: int) -> int:
-    """Run `command` as `size` ranks of `threads` CPU threads; the job's exit code, a failure's cause on stderr."""
+def run_agent(command: list[str], size: int, config: LauncherConfig, threads: int, *, ends_itself: bool = False) -> int:
+    """Run `command` as `size` ranks of `threads` CPU threads; the job's exit code, a failure's cause on stderr.
+
+    ends_itself: SIGTERM is passed on to rank 0, which ends the job; else it ends the ranks.
+    """
     port_taken, folder = take_port(config), tempfile.TemporaryDirectory(prefix="mmdist-")
     hccl = hccl_environment(config.timeout_s) if find_spec("torch_npu") else nullcontext(dict[str, str]())
-    with port_taken as port, hccl as variables, folder as log_dir, rank_environment(threads, variables):
+    with port_taken as port, hccl as variables, folder as log_dir, rank_environment(threads, variables, ends_itself):
         log.info("starting %d ranks, MASTER_PORT=%d", size, port)
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we report failures ourselves
-        agent = build_agent(command, size, port, log_dir)
-        with forward_interrupts(agent):
+        agent = build_agent(command, size, port, log_dir, config.max_restarts)
+        with forward_interrupts(agent), forward_terminations(agent, ends_itself) as asked:
             try:
                 result = agent.run()
             except SignalException as stopped:
                 return 128 + int(stopped.sigval)
-        return report(result.failures) if result.is_failed() else 0
+        if not result.is_failed() or (asked and stopped_early(result.failures)):
+            return 0
+        return report(result.failures)
 
 
 @contextmanager
-def rank_environment(threads: int, variables: dict[str, str]) -> Iterator[None]:
+def rank_environment(threads: int, variables: dict[str, str], ends_itself: bool) -> Iterator[None]:
     """What the ranks inherit beyond the user's own environment, which wins."""
     ours = {
         "MMDIST_AGENT": str(os.getpid()),
         # SIGINT is ours: rank 0 decides what Ctrl-C means (a chat only stops its answer).
-        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGHUP,SIGQUIT",
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGHUP,SIGQUIT" if ends_itself else "SIGTERM,SIGHUP,SIGQUIT",
         "OMP_NUM_THREADS": str(threads),
         **variables,
     }
@@ -65,7 +70,7 @@ def rank_environment(threads: int, variables: dict[str, str]) -> Iterator[None]:
             del os.environ[name]
 
 
-def build_agent(command: list[str], size: int, port: int, log_dir: str) -> LocalElasticAgent:
+def build_agent(command: list[str], size: int, port: int, log_dir: str, max_restarts: int) -> LocalElasticAgent:
     parameters = RendezvousParameters("static", f"{HOST}:{port}", f"mmdist-{os.getpid()}", 1, 1, rank=0, timeout=60)
     spec = WorkerSpec(
         role="rank",
@@ -73,7 +78,7 @@ def build_agent(command: list[str], size: int, port: int, log_dir: str) -> Local
         entrypoint=command[0],
         args=tuple(command[1:]),
         rdzv_handler=rendezvous.get_rendezvous_handler(parameters),
-        max_restarts=0,
+        max_restarts=max_restarts,
         monitor_interval=0.1,
         master_addr=HOST,
         master_port=port,
@@ -102,6 +107,33 @@ def forward_interrupts(agent: LocalElasticAgent) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def forward_terminations(agent: LocalElasticAgent, ends_itself: bool) -> Iterator[list[int]]:
+    """Pass SIGTERM on to rank 0 alone, which finishes what it has begun and sends the others home; gives a list of the
+    signals passed on. Nothing where the job does not end itself."""
+    asked: list[int] = []
+    if not ends_itself:
+        yield asked
+        return
+
+    def forward(signum: int, frame: object) -> None:
+        asked.append(signum)
+        agent._remaining_restarts = 0  # what fails from now on is not started again
+        with suppress(ProcessLookupError, TypeError, IndexError):
+            os.kill(agent.get_worker_group().workers[0].id, signum)
+
+    before = signal.signal(signal.SIGTERM, forward)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def stopped_early(failures: dict[int, ProcessFailure]) -> bool:
+    """Rank 0 was asked to end before it could answer the signal itself."""
+    return 0 in failures and failures[0].exitcode == -signal.SIGTERM
 
 
 def report(failures: dict[int, ProcessFailure]) -> int:

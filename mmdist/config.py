@@ -41,6 +41,10 @@ FREE_TEXT_KEYS = (
     "regex",
     "model.chat_template",
     "vision.folder",
+    "server.api_key_file",
+    "server.ssl_certfile",
+    "server.ssl_keyfile",
+    "server.allowed_media_path",
 )
 MAP_KEYS = ("logit_bias",)
 
@@ -223,11 +227,13 @@ class LauncherConfig:
         None, "port of the ranks' meeting point; default: MASTER_PORT, else the first free of 20030-20050"
     )
     timeout_s: int = key(1800, "seconds after which a collective that makes no progress ends the job")
+    max_restarts: int = key(0, "how often ranks are started again when one of them has failed (task=serve)")
 
     def __post_init__(self) -> None:
         port = self.master_port
         require(port is None or 0 < port < 65536, "launcher.master_port", port, "1 to 65535")
         require(self.timeout_s > 0, "launcher.timeout_s", self.timeout_s, "a whole number above 0")
+        require(self.max_restarts >= 0, "launcher.max_restarts", self.max_restarts, "a whole number, 0 or above")
 
 
 @dataclass

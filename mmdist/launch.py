@@ -54,10 +54,11 @@ def start(config: Config, command: list[str]) -> int:
     if not task.ON_RANKS:
         return task.run(config, JobRunner(command)) if starts_jobs(task) else task.run(config)
     size = find_world_size(config)
-    if size == 1:
+    if size == 1 and not config.launcher.max_restarts:
         return run_rank(config)
     threads = threads_per_rank(config.hardware, size)
-    return run_agent([*command, f"world_size={size}"], size, config.launcher, threads)
+    command = [*command, f"world_size={size}"]
+    return run_agent(command, size, config.launcher, threads, ends_itself=getattr(task, "ENDS_ITSELF", False))
 
 
 def starts_jobs(task: ModuleType) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mmdist.config import DTYPES, Config, EngineConfig, SamplingParams, key, require
+from mmdist.config import DTYPES, Config, EngineConfig, SamplingParams, group, key, require
 
+VLLM_STREAMS = ("ndjson_cumulative", "nul_delta")
 RECORDS = ("none", "logits", "layers")
 
 
@@ -15,6 +16,63 @@ class VideoConfig:
 
     def check_video(self) -> None:
         require(self.video_frames > 0, "video_frames", self.video_frames, "a whole number above 0")
+
+
+@dataclass
+class ServerConfig:
+    host: str = key("127.0.0.1", "the address to listen on; 0.0.0.0: every one of the machine's")
+    port: int = key(8000, "the port to listen on")
+    model_name: str | None = key(None, "what clients call the model; default: the family's name")
+    api_key_file: str | None = key(
+        None, "a file of keys, one a line, of which clients send one; MMDIST_API_KEYS (split by commas) adds more"
+    )
+    ssl_certfile: str | None = key(None, "a certificate (PEM), to serve https")
+    ssl_keyfile: str | None = key(None, "its private key")
+    cors_origins: list[str] = key([], "web pages of other origins that may ask, as https://HOST")
+    access_log: bool = key(True, "log one JSON line a request on stdout")
+    max_queue: int = key(256, "requests that may wait behind those being computed; beyond: 429")
+    max_body_mb: float = key(64, "largest body of a request, in 10^6 bytes; beyond: 413")
+    body_timeout_s: float = key(30, "seconds a client may take to send a request")
+    request_timeout_s: float = key(600, "seconds a request may take, waiting included")
+    shutdown_timeout: float = key(30, "seconds that running requests may take to finish after SIGTERM")
+    max_pictures: int = key(20, "most pictures of one request")
+    max_image_pixels: int = key(40_000_000, "most pixels of one picture")
+    max_media_mb: float = key(20, "largest file of one picture or video, in 10^6 bytes")
+    media_timeout_s: float = key(5, "seconds that fetching one of them may take")
+    allowed_media_domains: list[str] = key([], "hosts (HOST or HOST:PORT) that pictures may be fetched from; no others")
+    allowed_media_path: str | None = key(None, "the folder below which requests may name files; default: none")
+    max_choices: int = key(16, "most answers to one request (n)")
+    vllm_stream: str = key(
+        "ndjson_cumulative", "how /generate streams in vLLM's format: ndjson_cumulative, or nul_delta as MindIE does"
+    )
+
+    def __post_init__(self) -> None:
+        require(0 <= self.port < 65536, "server.port", self.port, "0 to 65535 (0: any free one)")
+        require(self.vllm_stream in VLLM_STREAMS, "server.vllm_stream", self.vllm_stream, "|".join(VLLM_STREAMS))
+        for name in ("max_queue", "shutdown_timeout"):
+            require(getattr(self, name) >= 0, f"server.{name}", getattr(self, name), "0 or above")
+        for name in (
+            "max_body_mb",
+            "body_timeout_s",
+            "request_timeout_s",
+            "max_pictures",
+            "max_image_pixels",
+            "max_media_mb",
+            "media_timeout_s",
+            "max_choices",
+        ):
+            require(getattr(self, name) > 0, f"server.{name}", getattr(self, name), "above 0")
+        both = (self.ssl_certfile is None) == (self.ssl_keyfile is None)
+        require(both, "server.ssl_keyfile", self.ssl_keyfile, "a key with server.ssl_certfile, or neither")
+
+
+@dataclass
+class ServeConfig(VideoConfig, Config):
+    server: ServerConfig = group(ServerConfig, "how task=serve listens and what it lets in")
+
+    def __post_init__(self) -> None:
+        Config.__post_init__(self)
+        self.check_video()
 
 
 @dataclass
@@ -209,6 +267,7 @@ class PerformanceConfig(VideoConfig, Config):
 TASKS: dict[str, type[Config]] = {
     "chat": ChatConfig,
     "generate": GenerateConfig,
+    "serve": ServeConfig,
     "performance": PerformanceConfig,
     "precision": PrecisionConfig,
     "plan": PlanConfig,

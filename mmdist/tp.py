@@ -62,6 +62,10 @@ class TP:
             self.others.broadcast(x)
         return x
 
+    def count_ranks(self, device: torch.device) -> int:
+        """How many ranks there are, found by asking each of them."""
+        return int(self.all_reduce(torch.ones(1, device=device)))
+
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's picklable object to all."""
         if self.size == 1:

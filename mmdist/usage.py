@@ -38,15 +38,17 @@ def usage(conf: Path) -> str:
     sections.append(section("Sampling keys (tasks chat and generate; also in a request)", fields(SamplingParams)))
     for name, schema in TASKS.items():
         own = [f for f in fields(schema) if f.name not in common and f.name not in SAMPLING_KEYS]
-        sections.append(section(f"Keys of task={name}", own))
+        sections.append(section(f"Keys of task={name}", [f for f in own if not is_group(f)]))
+        for f in filter(is_group, own):
+            sections.append(section(f"Keys of its group {f.name}", fields(default_of(f)), f"{f.name}."))
     return "\n\n".join([*sections, EXAMPLES])
 
 
 def all_keys() -> list[str]:
     """Every key a user can type, groups' keys with their prefix."""
     own = {f.name for schema in TASKS.values() for f in fields(schema) if not is_group(f)}
-    inner = [f"{f.name}.{k.name}" for f in fields(Config) if is_group(f) for k in fields(default_of(f))]
-    return sorted(own) + inner
+    groups = {f.name: f for schema in TASKS.values() for f in fields(schema) if is_group(f)}
+    return sorted(own) + [f"{name}.{k.name}" for name, f in groups.items() for k in fields(default_of(f))]
 
 
 def groups(conf: Path) -> str:

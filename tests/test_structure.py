@@ -28,7 +28,7 @@ FLOORS = (
     ("mmdist.layers",),
     ("mmdist.models",),
     ("mmdist.engine",),
-    ("mmdist.doctor", "mmdist.performance", "mmdist.precision"),
+    ("mmdist.doctor", "mmdist.performance", "mmdist.precision", "mmdist.serving"),
     ("mmdist.tasks",),
     ("mmdist.launch", "mmdist.usage", "weights_tools"),
     ("mmdist.sweep",),

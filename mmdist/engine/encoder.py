@@ -68,6 +68,7 @@ class EncoderEngine:
         self.spans, self.kernels = spans, kernels
         self.max_num_seqs = config.max_num_seqs
         self.recorder: Recorder | None = None
+        self.waiting: dict[str, Request] = {}
 
     def stages(self) -> dict[str, Module]:
         """What a Recorder of layers watches."""
@@ -80,11 +81,38 @@ class EncoderEngine:
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Output]:
         """The best of the model's answers to each request; each output is whole and the request's only one."""
-        if self.model.compares:
-            raise UserError("this checkpoint is for retrieval and answers no questions; give images= and texts=")
+        self.check_answers()
         source = iter(requests)
         while batch := list(islice(source, self.max_num_seqs)):
             yield from self._answer(batch)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; UserError where the checkpoint answers none, or has no use for this one."""
+        self.check_answers()
+        self.model.kind(request.prompt)
+        self.waiting[request.id] = request
+
+    def gauges(self) -> dict[str, float]:
+        """What is so now, by vLLM's names."""
+        return {"num_requests_waiting": len(self.waiting)}
+
+    def counters(self) -> dict[str, float]:
+        return {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting)
+
+    def step(self) -> list[Output]:
+        """Answer a batch of the requests that wait."""
+        batch = list(islice(self.waiting.values(), self.max_num_seqs))
+        for request in batch:
+            del self.waiting[request.id]
+        return list(self._answer(batch))
+
+    def check_answers(self) -> None:
+        if self.model.compares:
+            raise UserError("this checkpoint is for retrieval and answers no questions; give images= and texts=")
 
     def _answer(self, requests: list[Request]) -> Iterator[Output]:
         by_kind: dict[str, list[Request]] = {}
@@ -165,6 +193,8 @@ class EncoderEngine:
             if batch.kind:
                 hidden = torch.empty(batch.shape, dtype=self.model.dtype, device=self.device)
                 self._forward(hidden, batch.mask, batch.kind)
+            else:
+                self.tp.count_ranks(self.device)
         return 0
 
     def _receive(self) -> EncoderBatch | None:
@@ -177,11 +207,13 @@ class EncoderEngine:
         return self.model.compare(images.to(self.device), texts.to(self.device)).cpu()
 
     def abort(self, request_id: str) -> None:
-        """Answers come whole: when one is there, nothing of it is left to stop."""
+        """Answers come whole: only one that still waits can be stopped."""
+        self.waiting.pop(request_id, None)
 
-    def keep_alive(self) -> None:
-        """Let the other ranks know, while there is nothing to do, that rank 0 is still there."""
+    def keep_alive(self) -> int:
+        """Let the other ranks know, while there is nothing to do, that rank 0 is still there; how many ranks are."""
         self.tp.broadcast_object(EncoderBatch())
+        return self.tp.count_ranks(self.device)
 
     def stop(self) -> None:
         self.tp.broadcast_object(None)

@@ -87,6 +87,24 @@ class Engine:
         assert self.processor is not None, "text enters and leaves through rank 0"
         return self.processor
 
+    def gauges(self) -> dict[str, float]:
+        """What is so now, by vLLM's names."""
+        scheduler = self.scheduler
+        used = 1 - len(scheduler.blocks.free) / self.cache_shape.num_blocks
+        return {
+            "num_requests_running": len(scheduler.running),
+            "num_requests_waiting": len(scheduler.waiting),
+            "kv_cache_usage_perc": used,
+        }
+
+    def counters(self) -> dict[str, float]:
+        """What has been counted since the start, by vLLM's names."""
+        return {"num_preemptions": self.scheduler.num_preemptions}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.sequences)
+
     def abort(self, request_id: str) -> None:
         sequence = self.sequences.pop(request_id, None)
         if sequence is not None:
@@ -114,15 +132,18 @@ class Engine:
             if batch.input_ids:
                 with self.spans(batch.phase):
                     self.runner.score(batch)
+            else:
+                self.tp.count_ranks(self.device)
         return 0
 
     def _receive(self) -> Batch | None:
         with self.spans("broadcast"):
             return self.tp.broadcast_object(None)
 
-    def keep_alive(self) -> None:
-        """Let the other ranks know, while there is nothing to do, that rank 0 is still there."""
+    def keep_alive(self) -> int:
+        """Let the other ranks know, while there is nothing to do, that rank 0 is still there; how many ranks are."""
         self.tp.broadcast_object(Batch())
+        return self.tp.count_ranks(self.device)
 
     def stop(self) -> None:
         self.tp.broadcast_object(None)

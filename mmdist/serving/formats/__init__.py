@@ -1,0 +1,1 @@
+"""One file a request format: `router`, and `render_error(ServeError) -> Response` in its shape."""

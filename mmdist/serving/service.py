@@ -1,0 +1,220 @@
+"""What every format asks of the engine: prompts made off the event loop, answers as they come, an end on every path."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count
+from typing import Any
+
+from mmdist.config import SamplingParams, UserError
+from mmdist.engine.loop import EngineLoop
+from mmdist.engine.request import Output, Request, failed
+from mmdist.models.base import Processor, Prompt
+from mmdist.serving.errors import ServeError
+from mmdist.serving.metrics import Metrics
+from mmdist.task_config import ServeConfig
+
+RETRY_S = 1  # what a client that finds the queue full is told to wait
+
+
+@dataclass(eq=False)
+class Call:
+    """One client's request: `n` answers to a prompt. ids: the engine's, one an answer."""
+
+    name: str
+    ids: list[str]
+    arrived: float = field(default_factory=time.monotonic)
+    outputs: asyncio.Queue[tuple[int, Output]] = field(default_factory=asyncio.Queue)
+    open: set[int] = field(default_factory=set)  # answers that have not ended
+
+
+class Service:
+    """Lives on the event loop of the HTTP server; the engine's thread only calls deliver() and fail().
+
+    processor: the one rank 0 loaded; copies of it serve the other threads, as tokenizers are not safe to share.
+    """
+
+    def __init__(self, engine_loop: EngineLoop, processor: Processor, config: ServeConfig, metrics: Metrics):
+        self.engine_loop, self.config, self.metrics = engine_loop, config, metrics
+        self.processor = copy.deepcopy(processor)  # the event loop's, to decode single tokens
+        self._prompts = copy.deepcopy(processor)  # the prompt thread's
+        self._prompt_thread = ThreadPoolExecutor(1, "prompts")
+        self._numbers = count()
+        self._calls: dict[str, tuple[Call, int]] = {}  # by the engine's id
+        self._named: dict[str, Call] = {}
+        self.event_loop: asyncio.AbstractEventLoop | None = None  # set when the server starts
+        self.problem: str | None = None  # why no request can be answered any more
+        self.stopping = False
+
+    @property
+    def model_name(self) -> str:
+        return self.config.server.model_name or self.config.model.name
+
+    @property
+    def max_model_len(self) -> int | None:
+        return getattr(self.engine_loop.engine, "max_model_len", None)
+
+    @property
+    def num_active(self) -> int:
+        return len(self._calls)
+
+    @property
+    def capacity(self) -> int:
+        return self.config.engine.max_num_seqs + self.config.server.max_queue
+
+    @property
+    def is_full(self) -> bool:
+        return self.num_active >= self.capacity
+
+    async def prompt(
+        self,
+        *,
+        messages: list[dict[str, Any]] | None = None,
+        text: str | None = None,
+        token_ids: list[int] | None = None,
+        images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+    ) -> Prompt:
+        """Chat messages (parts {"type": "text"|"image"|"video"}), raw text, or tokens -> Prompt; ServeError 422."""
+        if token_ids is not None:
+            return self._token_prompt(token_ids)
+        if videos and not self.processor.takes_video:
+            raise ServeError(422, f"{self.config.model.name} takes pictures, no videos")
+        media: dict[str, Any] = {"images": list(images)} | ({"videos": list(videos)} if videos else {})
+        build = partial(self._prompts.prompt, messages=messages, text=text, **media)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._prompt_thread, build)
+        except UserError as error:
+            raise ServeError(422, str(error)) from error
+
+    def _token_prompt(self, token_ids: list[int]) -> Prompt:
+        size = getattr(self.engine_loop.engine.model, "vocab_size", 0)
+        wrong = [token for token in token_ids if not 0 <= token < size]
+        if wrong or not token_ids:
+            found = f"{wrong[0]} is none" if wrong else "the list is empty"
+            raise ServeError(422, f"expected token ids of 0 to {size - 1}: {found}")
+        return Prompt(token_ids)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        name: str,
+        n: int = 1,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[tuple[int, Output], None]:
+        """(answer 0 to n - 1, its next output) as they come; each answer's last output has its finish_reason.
+
+        name: the client's id of the request, for cancel(). ServeError before the first output where the request cannot
+        be taken or its time is over; an answer that fails later ends with finish_reason error, abort or timeout.
+        Leaving the iterator early stops the computation.
+        """
+        call = self._open(name, n)
+        limit = min(timeout_s or float("inf"), self.config.server.request_timeout_s)
+        alarm = asyncio.get_running_loop().call_later(limit, self._end, call, "timeout", f"not finished in {limit:g} s")
+        try:
+            self._submit(call, prompt, params, [0])
+            async for index, output in self._outputs(call):
+                if index == 0 and output.num_tokens == 1:  # the others share its prompt in the prefix cache
+                    self._submit(call, prompt, params, range(1, n))
+                yield index, output
+        finally:
+            alarm.cancel()
+            self._close(call)
+
+    def _open(self, name: str, n: int) -> Call:
+        self.check_open()
+        if self.is_full or self.num_active + n > self.capacity:
+            raise ServeError(429, f"{self.num_active} requests are being answered or wait", retry_after=RETRY_S)
+        call = Call(name, [f"{next(self._numbers)}" for _ in range(n)])
+        call.open = set(range(n))
+        self._calls.update({id: (call, index) for index, id in enumerate(call.ids)})
+        self._named[name] = call
+        return call
+
+    def check_open(self) -> None:
+        """ServeError 503 where no request is taken."""
+        if self.problem is not None:
+            raise ServeError(503, self.problem)
+        if self.stopping:
+            raise ServeError(503, "the server is stopping", retry_after=RETRY_S)
+
+    def _submit(self, call: Call, prompt: Prompt, params: SamplingParams, indices: Iterable[int]) -> None:
+        for index in indices:
+            seed = None if params.seed is None else params.seed + index
+            self.engine_loop.submit(Request(call.ids[index], prompt, replace(params, seed=seed)))
+
+    async def _outputs(self, call: Call) -> AsyncIterator[tuple[int, Output]]:
+        begun = False
+        while call.open:
+            index, output = await call.outputs.get()
+            if index not in call.open:  # computed while it was ended
+                continue
+            if output.finish_reason is not None:
+                call.open.discard(index)
+            if not begun and output.finish_reason in ("error", "timeout"):
+                raise self._refusal(output)
+            begun = True
+            yield index, output
+
+    def _close(self, call: Call) -> None:
+        self._end(call, "abort", "")
+        for id in call.ids:
+            del self._calls[id]
+        if self._named.get(call.name) is call:
+            del self._named[call.name]
+
+    def cancel(self, name: str) -> bool:
+        """End a request by the id its client gave it, with finish_reason abort; False where there is none."""
+        call = self._named.get(name)
+        if call is not None:
+            self._end(call, "abort", "")
+        return call is not None
+
+    def _end(self, call: Call, reason: str, error: str) -> None:
+        for index in call.open:
+            self.engine_loop.abort(call.ids[index])
+            output = replace(failed(call.ids[index], [], error), finish_reason=reason)
+            self.metrics.take(call, output)
+            call.outputs.put_nowait((index, output))
+
+    def deliver(self, outputs: list[Output]) -> None:
+        """From the engine's thread."""
+        if outputs and self.event_loop is not None:
+            self.event_loop.call_soon_threadsafe(self._dispatch, outputs)
+
+    def _dispatch(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            found = self._calls.get(output.id)
+            if found is not None:
+                call, index = found
+                self.metrics.take(call, output)
+                call.outputs.put_nowait((index, output))
+
+    def fail(self, problem: str) -> None:
+        """From any thread: the ranks are lost; every open request ends with this error, new ones are refused."""
+        self.problem = self.problem or problem
+        self.end_all(self.problem)
+
+    def end_all(self, problem: str) -> None:
+        """From any thread: end every open request with this error."""
+        if self.event_loop is not None:
+            self.event_loop.call_soon_threadsafe(self._end_all, problem)
+
+    def _end_all(self, problem: str) -> None:
+        for call in {call for call, _ in self._calls.values()}:
+            self._end(call, "error", problem)
+
+    def _refusal(self, output: Output) -> ServeError:
+        """Before the first token the answer is an error as a whole."""
+        if output.finish_reason == "timeout":
+            return ServeError(504, output.error or "")
+        status = 500 if self.problem is not None else 503 if self.stopping else 422
+        return ServeError(status, output.error or "")
