@@ -8,11 +8,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, fields
 from math import inf, isfinite
-from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda", "npu")
 CHIPS = ("auto", "310p", "910b")

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from importlib import import_module
@@ -32,6 +32,7 @@ from mmdist.log import init_log
 from mmdist.models.family import check_world_size, find_model, legal_world_sizes, load_model_config
 from mmdist.tasks.job import make_output_dir
 from mmdist.tp import TP, init_tp
+from mmdist.usage import program_name
 
 log = logging.getLogger("mmdist.launch")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -46,18 +47,18 @@ def is_rank() -> bool:
     return "RANK" in os.environ
 
 
-def start(config: Config, command: list[str]) -> int:
-    """Run a job from a process that is no rank; `command` starts one rank. Returns the exit code."""
+def start(config: Config, program: Sequence[str], words: Sequence[str]) -> int:
+    """Run a job from a process that is no rank; returns the exit code. program and words: the command of one rank."""
     init_log()
     task = load_task(config.task)
     task.check(config)
     if not task.ON_RANKS:
-        return task.run(config, JobRunner(command)) if starts_jobs(task) else task.run(config)
+        return task.run(config, JobRunner(program, words)) if starts_jobs(task) else task.run(config)
     size = find_world_size(config)
     if size == 1 and not config.launcher.max_restarts:
         return run_rank(config)
     threads = threads_per_rank(config.hardware, size)
-    command = [*command, f"world_size={size}"]
+    command = [*program, *words, f"world_size={size}"]
     return run_agent(command, size, config.launcher, threads, ends_itself=getattr(task, "ENDS_ITSELF", False))
 
 
@@ -68,8 +69,8 @@ def starts_jobs(task: ModuleType) -> bool:
 class JobRunner:
     """Runs jobs from a job that has no ranks itself: its own words on the command line, some of them replaced."""
 
-    def __init__(self, command: list[str]):
-        self.program, self.words = command[:2], command[2:]
+    def __init__(self, program: Sequence[str], words: Sequence[str]):
+        self.program, self.words = program, words
 
     def __call__(self, legal: type[Config], **replaced: object) -> int:
         """The exit code. legal: the job's own config, whose keys are kept; a value of None leaves a key out."""
@@ -116,7 +117,7 @@ def run_rank(config: Config) -> int:
     task = load_task(config.task)
     if not task.ON_RANKS:
         raise UserError(
-            f"task={config.task} is no job of ranks: python launch.py task={config.task} ..., without torchrun"
+            f"task={config.task} is no job of ranks: {program_name()} task={config.task} ..., without torchrun"
         )
     task.check(config)
     if config.world_size not in ("auto", size):

@@ -1,7 +1,8 @@
-"""What `python launch.py --help` prints: groups, every key with its line, examples; read off config.py and conf/."""
+"""What --help prints: groups, every key with its line, examples; read off config.py and conf/."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
@@ -12,23 +13,23 @@ from mmdist.task_config import TASKS
 
 EXAMPLES = """\
 Examples
-  python launch.py
-  python launch.py checkpoint=DIR image=FILE prompt="What is in the picture?" world_size=8
-  python launch.py checkpoint=DIR                                  a conversation in the terminal
-  python launch.py task=generate input=requests.jsonl output=answers.jsonl checkpoint=DIR
-  python launch.py task=generate input=FOLDER prompt="Describe the picture." output=answers.jsonl
-  python launch.py task=plan checkpoint=DIR world_size=4 format=json
-  python launch.py task=doctor                                     what this machine has, and what is in the way
-  python launch.py -m task=generate input=requests.jsonl world_size=1,2
-  python launch.py -m task=performance model=llava,llava_next world_size=1,2 output_dir=sweep
-  python launch.py task=performance checkpoint=DIR compare=old/performance.json
-  torchrun --nproc-per-node 2 launch.py checkpoint=DIR image=FILE prompt=TEXT
+  {command}
+  {command} checkpoint=DIR image=FILE prompt="What is in the picture?" world_size=8
+  {command} checkpoint=DIR                                  a conversation in the terminal
+  {command} task=generate input=requests.jsonl output=answers.jsonl checkpoint=DIR
+  {command} task=generate input=FOLDER prompt="Describe the picture." output=answers.jsonl
+  {command} task=plan checkpoint=DIR world_size=4 format=json
+  {command} task=doctor                                     what this machine has, and what is in the way
+  {command} -m task=generate input=requests.jsonl world_size=1,2
+  {command} -m task=performance model=llava,llava_next world_size=1,2 output_dir=sweep
+  {command} task=performance checkpoint=DIR compare=old/performance.json
+  torchrun --nproc-per-node 2 {entry} checkpoint=DIR image=FILE prompt=TEXT
 Values of prompt=, image=, input= and other paths are taken as they stand; quote them for the shell only."""
 
 
 def usage(conf: Path) -> str:
     common = {f.name for f in fields(Config)}
-    sections = ["python launch.py [KEY=VALUE ...]   (a group is chosen the same way: task=plan)", groups(conf)]
+    sections = [f"{program_name()} [KEY=VALUE ...]   (a group is chosen the same way: task=plan)", groups(conf)]
     sections.append(section("Keys of every task", [f for f in fields(Config) if not is_group(f)]))
     sections += [
         section(f"Keys of the group {f.name}", fields(default_of(f)), f"{f.name}.")
@@ -41,7 +42,13 @@ def usage(conf: Path) -> str:
         sections.append(section(f"Keys of task={name}", [f for f in own if not is_group(f)]))
         for f in filter(is_group, own):
             sections.append(section(f"Keys of its group {f.name}", fields(default_of(f)), f"{f.name}."))
-    return "\n\n".join([*sections, EXAMPLES])
+    examples = EXAMPLES.format(command=program_name(), entry="-m mmdist" if program_name() == "mmdist" else "launch.py")
+    return "\n\n".join([*sections, examples])
+
+
+def program_name() -> str:
+    """What the user has typed to start us."""
+    return "python launch.py" if Path(sys.argv[0]).name == "launch.py" else "mmdist"
 
 
 def all_keys() -> list[str]:

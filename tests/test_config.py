@@ -10,15 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 from conftest import Case
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-import launch
+from mmdist import cli
+from mmdist.compose import compose_config, quote_free_text
 from mmdist.config import FREE_TEXT_KEYS, SamplingParams, UserError
+from mmdist.shipped import CONF
 from mmdist.usage import all_keys
 
+LAUNCH = str(Path(__file__).parents[1] / "launch.py")
 TEXTS = [
     "Red, blue: which {one}=left?", "it's \"quoted\" twice", "C:\\new\\", "cost: ${x} and \\${y} $z", "a=b,c=[d",
     "  spaces ", "émoji 🙂 #hash", "'", '"', "\\'", "null?", "(a)", "${oc.env:HOME}", "~!@%^&*", "line\nbreak\ttab",
@@ -27,9 +29,7 @@ TEXTS = [
 
 
 def compose(*arguments: str) -> Any:
-    launch.register_schemas()
-    with hydra.initialize_config_dir(launch.CONF, version_base="1.3"):
-        return launch.to_config(hydra.compose("config", launch.quote_free_text(list(arguments))))
+    return compose_config(quote_free_text(list(arguments)))
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -40,15 +40,15 @@ def test_free_text_arrives_as_typed(text: str) -> None:
 
 
 def test_quoting_is_idempotent_and_leaves_hydra_its_words() -> None:
-    once = launch.quote_free_text(["prompt=a, b", "world_size=2"])
-    assert launch.quote_free_text(once) == once and once[1] == "world_size=2"
+    once = quote_free_text(["prompt=a, b", "world_size=2"])
+    assert quote_free_text(once) == once and once[1] == "world_size=2"
     assert compose("prompt='a, b'").prompt == "a, b"
     assert compose("prompt=null").prompt is None
     assert compose("model.chat_template=a, b.jinja").model.chat_template == "a, b.jinja"
 
 
 def test_a_sweep_over_free_text_is_written_as_choice() -> None:
-    _, sweep, plain = launch.quote_free_text(["-m", "prompt=choice('a, b', c)", "image=a,b.png"])
+    _, sweep, plain = quote_free_text(["-m", "prompt=choice('a, b', c)", "image=a,b.png"])
     parsed = OverridesParser.create().parse_override(sweep)
     assert parsed.is_sweep_override() and len(list(parsed.sweep_string_iterator())) == 2
     assert not OverridesParser.create().parse_override(plain).is_sweep_override()
@@ -72,7 +72,7 @@ def test_defaults_and_groups() -> None:
 
 def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str]:
     monkeypatch.setattr(sys, "argv", ["launch.py", *arguments])
-    code = launch.main()
+    code = cli.main()
     return code, capsys.readouterr().err
 
 
@@ -193,11 +193,11 @@ def test_illegal_world_sizes_name_the_legal_ones(mistral: Case, monkeypatch: Any
 
 def test_help_names_every_key_and_group(monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["launch.py", "--help"])
-    assert launch.main() == 0
+    assert cli.main() == 0
     text = capsys.readouterr().out
     for key in all_keys():
         assert f"  {key}=" in text, key
-    for group in Path(launch.CONF).iterdir():
+    for group in CONF.iterdir():
         assert group.is_file() or group.name in text
     assert "torchrun --nproc-per-node 2 launch.py" in text
 
@@ -247,7 +247,7 @@ def test_busy_ports_are_said(mistral: Case) -> None:
         other.listen()
         port = other.getsockname()[1]
         result = subprocess.run(
-            [sys.executable, launch.__file__, f"checkpoint={mistral.checkpoint}", "prompt=hi", "world_size=2",
+            [sys.executable, LAUNCH, f"checkpoint={mistral.checkpoint}", "prompt=hi", "world_size=2",
              f"launcher.master_port={port}"],
             capture_output=True, text=True, env=os.environ, timeout=60,
         )  # fmt: skip

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import run_ranks
 
-import launch
+from mmdist import cli
 from mmdist.agent import PORTS
 from mmdist.config import HardwareConfig, LauncherConfig
 from mmdist.doctor import ascend, compute, exchange, machine, packages
@@ -27,7 +27,7 @@ ALONE = ("hardware=cpu", "world_size=1")
 
 def examine(monkeypatch: Any, capsys: Any, *arguments: str) -> tuple[int, dict[str, dict[str, str]]]:
     monkeypatch.setattr(sys, "argv", ["launch.py", "task=doctor", "format=json", *arguments])
-    code = launch.main()
+    code = cli.main()
     said = json.loads(capsys.readouterr().out)
     assert said["ok"] == (code == 0)
     return code, {finding["name"]: finding for finding in said["findings"]}
@@ -157,7 +157,7 @@ def test_torch_npu_and_cann(tmp_path: Path, monkeypatch: Any) -> None:
 
 def test_the_table_is_a_line_a_finding(monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["launch.py", "task=doctor", *ALONE, "hardware.kernels=plain"])
-    assert launch.main() == 0
+    assert cli.main() == 0
     lines = capsys.readouterr().out.splitlines()
     assert "kernels      plain torch, as asked" in lines and lines[0].startswith("python       3.")
 

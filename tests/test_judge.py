@@ -12,9 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, CLIPModel
 
-from mmdist.config import REPOSITORY, UserError
+from mmdist.config import UserError
 from mmdist.precision.judge import BATCH_SIZE, HAS_OPEN_CLIP, count_cut, fair_budget, open_judge
 
+REPOSITORY = Path(__file__).parents[1]
 PICTURES = sorted((REPOSITORY / "assets" / "pictures").glob("*.png"))
 CAPTIONS = ["a red circle", "a blue square", "two", "", "a cross", "the same again and again and again"]
 

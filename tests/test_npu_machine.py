@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch.distributed.elastic.multiprocessing import ProcessFailure
 
-import launch
-from mmdist import ascend, backend
+from mmdist import ascend, backend, cli
 from mmdist.agent import report
 from mmdist.ascend import CHIPS, check_cards, explain_import
 from mmdist.config import HardwareConfig, UserError
@@ -42,7 +41,7 @@ def install(folder: Path, monkeypatch: Any, version: str) -> None:
 
 def error_of(monkeypatch: Any, capsys: Any, *arguments: str) -> str:
     monkeypatch.setattr(sys, "argv", ["launch.py", *arguments])
-    assert launch.main() == 2
+    assert cli.main() == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     return lines[0]
@@ -66,7 +65,7 @@ def test_caches_no_operation_reads(setting: str, words: str, monkeypatch: Any, c
 def test_a_plan_needs_no_chip(monkeypatch: Any, capsys: Any) -> None:
     for hardware, chip in (("300i_duo", "310p"), ("800i_a2", "910b")):
         monkeypatch.setattr(sys, "argv", ["launch.py", "task=plan", "model=llava", f"hardware={hardware}"])
-        assert launch.main() == 0
+        assert cli.main() == 0
         said = capsys.readouterr().out
         assert f"kernels: npu {chip}" in said and "decode" in said and "world_size=2" in said
 
@@ -99,7 +98,7 @@ def test_hardware_auto_says_why_it_takes_the_cpu(monkeypatch: Any, tmp_path: Pat
 def test_torch_loads_beside_a_torch_npu_that_cannot(tmp_path: Path, monkeypatch: Any) -> None:
     """Plain torch does not: this is what mmdist/__init__.py is for."""
     install(tmp_path, monkeypatch, "2.13.0")
-    paths = os.pathsep.join([str(tmp_path), str(Path(launch.__file__).parent)])
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
     for first, code in (("import torch", 1), ("import mmdist.config, torch", 0)):
         done = subprocess.run(

@@ -17,7 +17,6 @@ from conftest import CPU, Case, config_for, run_ranks
 from vlmo_cases import config as vlmo_config
 from vlmo_cases import inputs
 
-import launch
 from mmdist import spans
 from mmdist.config import EngineConfig, HardwareConfig, UserError
 from mmdist.models.base import Prompt
@@ -31,6 +30,8 @@ from mmdist.performance.workload import Run, fit
 from mmdist.task_config import PerformanceConfig
 from mmdist.tasks import performance
 from mmdist.tp import TP
+
+LAUNCH = str(Path(__file__).parents[1] / "launch.py")
 
 
 def a_run(seconds: float) -> Run:
@@ -116,7 +117,7 @@ def test_a_trace_of_each_rank_names_the_phases(mistral: Case) -> None:
     """A real job: torch has one profiler a process."""
     words = [f"checkpoint={mistral.checkpoint}", "task=performance", "world_size=2", "profile=true", "output_dir=job"]
     words += ["batch_sizes=[2]", "output_len=4", "repeats=1", "warmup=0", "input_len=20"]
-    subprocess.run([sys.executable, launch.__file__, *words], check=True, capture_output=True)
+    subprocess.run([sys.executable, LAUNCH, *words], check=True, capture_output=True)
     for rank in (0, 1):
         with gzip.open(f"job/trace-batch2-rank{rank}.json.gz") as file:
             names = {event.get("name") for event in json.load(file)["traceEvents"]}

@@ -14,7 +14,7 @@ from conftest import CPU, config_for, convert, run_ranks
 from safetensors.torch import load_file, save_file
 from test_tasks import main
 
-from mmdist.config import REPOSITORY, SamplingParams, UserError
+from mmdist.config import SamplingParams, UserError
 from mmdist.engine.engine import Engine
 from mmdist.engine.load import load_engine
 from mmdist.engine.record import load_record
@@ -26,6 +26,7 @@ from mmdist.task_config import GenerateConfig, PrecisionConfig
 from mmdist.tasks import generate
 from mmdist.tp import TP
 
+REPOSITORY = Path(__file__).parents[1]
 ASSETS = REPOSITORY / "assets"
 PICTURES = ASSETS / "pictures"
 CHECKPOINT = ASSETS / "llava_next-shapes"
@@ -332,7 +333,7 @@ def test_a_side_that_fails_is_named(monkeypatch: Any, capfd: Any) -> None:
 
 
 def test_torchrun_is_refused() -> None:
-    with pytest.raises(UserError, match=r"python launch.py task=precision"):
+    with pytest.raises(UserError, match=r"task=precision .*without torchrun"):
         run_rank(PrecisionConfig(task="precision", data="x"))
 
 

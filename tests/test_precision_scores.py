@@ -17,7 +17,7 @@ from judge_cases import make_clip
 from test_tasks import main
 from vlmo_cases import inputs, plain
 
-from mmdist.config import REPOSITORY, SamplingParams
+from mmdist.config import SamplingParams
 from mmdist.engine.request import Output, Request, failed
 from mmdist.models.base import Prompt
 from mmdist.precision.vqa import VqaData
@@ -25,6 +25,7 @@ from mmdist.task_config import GenerateConfig
 from mmdist.tasks import generate
 from mmdist.tasks.stopwatch import Stopwatch
 
+REPOSITORY = Path(__file__).parents[1]
 PICTURES = REPOSITORY / "assets" / "pictures"
 ANSWERS = REPOSITORY / "assets" / "vlmo-shapes" / "answer2label.txt"
 

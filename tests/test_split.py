@@ -16,13 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from split_cases import Q_PROJ, contents, load, one_line, source, spoil, stop_after
 
-from mmdist.config import REPOSITORY, UserError
+from mmdist.config import UserError
 from mmdist.manifest import part_file
 from mmdist.models.family import list_models
 from mmdist.tp import TP
 from weights_tools import split
 from weights_tools.cli import main
 from weights_tools.journal import JOURNAL
+
+REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("num_writes", [0, 1, 60, 100])

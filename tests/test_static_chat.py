@@ -16,7 +16,7 @@ from pipeline import Pipeline, build_parser, main
 from static_cases import GOLDEN_LENGTH, SHAPES_LENGTH
 from static_model import Network, Sampling, StaticModel
 
-from mmdist.config import REPOSITORY, SamplingParams, UserError
+from mmdist.config import SamplingParams, UserError
 from mmdist.engine.engine import Engine
 from mmdist.engine.request import Request
 from mmdist.engine.sampler import likeliest, penalize, probabilities
@@ -24,6 +24,7 @@ from mmdist.media import load_image
 from mmdist.models.base import Prompt
 from mmdist.tasks.requests import user_message
 
+REPOSITORY = Path(__file__).parents[1]
 PICTURES = REPOSITORY / "assets" / "pictures"
 ONE_PICTURE = ["banner", "ladder", "strip", "stamp", "postcard", "text_first", "no_image"]
 QUESTIONS = ["What is in the picture?", "How many objects are there?", "What color is the circle?"]

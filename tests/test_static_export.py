@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from split_cases import contents, flip_byte, one_line, stop_after, written_names
 from static_cases import GOLDEN_LENGTH, export
 
-from mmdist.config import REPOSITORY
 from weights_tools.cli import main
 from weights_tools.folder import EXPORT
 from weights_tools.journal import JOURNAL
 from weights_tools.static import check, job
 from weights_tools.static.modes import MODES
 
+REPOSITORY = Path(__file__).parents[1]
 # Of golden: 5 blocks of which 2 and 4 look at the picture.
 NETWORKS = ["vision_transformer", "embedding", "embedding_cache", "lm_head", "greedy_head", "penalty_sample_head",
             *(f"block_{number}" for number in range(5)), *(f"block_cache_{number}" for number in range(5))]  # fmt: skip

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from conftest import GOLDEN
 
-import launch
+from mmdist import cli
+from mmdist.compose import quote_free_text
 from mmdist.sweep import name_folders, run_sweep
 from mmdist.task_config import GenerateConfig, PerformanceConfig
 from mmdist.tasks.job import SweepJob
 from mmdist.tasks.performance_reports import changed_keys, is_finished
 
+LAUNCH = str(Path(__file__).parents[1] / "launch.py")
 # A job that does as its word says and leaves a file in its folder.
 JOB = """
 import os, sys
@@ -71,11 +73,8 @@ def test_folders_say_what_the_sweep_changes() -> None:
 def test_words_of_a_sweep_are_typed_again_as_a_user_would(monkeypatch: Any, tmp_path: Path) -> None:
     """Hydra puts backslashes into free text; the job must not see them."""
     monkeypatch.chdir(tmp_path)
-    launch.register_schemas()
-    overrides = launch.quote_free_text(["-m", "prompt=choice('Red, or blue?', 'b/c')", "max_new_tokens=3,4"])
-    jobs = [
-        launch.make_job(words, config, launch.swept_keys(overrides)) for words, config, _ in launch.compose(overrides)
-    ]
+    overrides = quote_free_text(["-m", "prompt=choice('Red, or blue?', 'b/c')", "max_new_tokens=3,4"])
+    jobs = [cli.make_job(words, config, cli.swept_keys(overrides)) for words, config, _ in cli.compose(overrides)]
     assert [job.changed for job in jobs[::2]] == [
         {"prompt": "Red, or blue?", "max_new_tokens": "3"}, {"prompt": "b/c", "max_new_tokens": "3"}
     ]  # fmt: skip
@@ -102,7 +101,7 @@ def test_only_a_whole_job_of_the_same_settings_is_finished(tmp_path: Path) -> No
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, launch.__file__, *arguments]
+    command = [sys.executable, LAUNCH, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ)
 
 
@@ -144,6 +143,6 @@ def test_a_sweep_of_performance(tmp_path: Path) -> None:
 )
 def test_mistakes_before_anything_runs(arguments: list[str], words: str, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["launch.py", *arguments])
-    assert launch.main() == 2
+    assert cli.main() == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and words in lines[0]

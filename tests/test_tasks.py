@@ -13,7 +13,7 @@ import torch
 from conftest import CPU, Case, config_for
 from PIL import Image
 
-import launch
+from mmdist import cli
 from mmdist.config import KERNELS, ModelConfig, SamplingParams, UserError
 from mmdist.engine.load import load_engine, open_model
 from mmdist.engine.memory import rank_memory
@@ -25,7 +25,7 @@ from mmdist.tp import TP
 def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """launch.py in this process, one rank."""
     monkeypatch.setattr(sys, "argv", ["launch.py", *arguments])
-    return launch.main()
+    return cli.main()
 
 
 def generate_config(case: Case, **keys: Any) -> GenerateConfig:

@@ -15,12 +15,13 @@ from convert_cases import run as convert_vlmo
 from safetensors.torch import load_file, save_file
 from split_cases import one_line, source, spoil
 
-from mmdist.config import REPOSITORY, SamplingParams
+from mmdist.config import SamplingParams
 from mmdist.engine.engine import Engine
 from mmdist.tasks.requests import build_request
 from weights_tools.cli import main
 from weights_tools.deep import PICTURE, Question
 
+REPOSITORY = Path(__file__).parents[1]
 W8A16, FILE = Case("llava_next_mistral_w8a16").checkpoint, "quant_model_weight_w8a16.safetensors"
 LAYER = "language_model.model.layers.1.mlp.down_proj"
 

@@ -15,12 +15,14 @@ from conftest import CPU, config_for, convert, run_engine
 from test_tasks import main, write
 from vlmo_cases import SIZES, config, golden, inputs, plain
 
-from mmdist.config import REPOSITORY, UserError
+from mmdist.config import UserError
 from mmdist.engine.load import load_engine, open_model
 from mmdist.engine.memory import rank_memory
 from mmdist.task_config import GenerateConfig
 from mmdist.tasks import generate
 from mmdist.tp import TP
+
+REPOSITORY = Path(__file__).parents[1]
 
 
 def run_generate(checkpoint: Path, **keys: Any) -> tuple[int, dict[str, dict[str, Any]]]:

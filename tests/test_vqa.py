@@ -13,10 +13,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from mmdist.config import REPOSITORY, UserError
+from mmdist.config import UserError
 from mmdist.precision.vqa import Question, VqaData, cost_ms, score
 from mmdist.precision.vqa_answers import normalise
 
+REPOSITORY = Path(__file__).parents[1]
 ROW: dict[str, Any] = {
     "image": b"jpeg",
     "questions": ["How many?", "Which?"],

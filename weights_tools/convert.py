@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from mmdist.config import UserError
+from mmdist.config import ModelConfig, UserError
 from mmdist.models.family import build_model, find_model
 from mmdist.plan import Plan, shard_plan
 from mmdist.rank_file import DTYPES, sha256
+from mmdist.shipped import SHIPPED, demo_folder
 from mmdist.tp import TP
 from mmdist.weights import INDEX, SINGLE
 from weights_tools.display import size_words
@@ -79,11 +80,14 @@ def read_folder(model: str, source: Source) -> ConvertJob:
     return ConvertJob(model, source, find_layout(model).read(source))
 
 
-def convert_demo(model: str, src: Path, dst: Path) -> None:
-    """The plain folder of a family's shipped files, made where it is not there yet."""
-    if not dst.exists():
-        print(f"{dst}: made from the original files in {src}", file=sys.stderr)
-        read_folder(model, Source(src, {})).write(dst, force=False)
+def make_demo(model: ModelConfig) -> Path:
+    """The family's shipped checkpoint; one with an original layout is converted when it is first asked for."""
+    folder = demo_folder(model)
+    if model.demo_source is not None and not folder.exists():
+        source = SHIPPED / model.demo_source
+        print(f"{folder}: made from the original files in {source}", file=sys.stderr)
+        read_folder(model.name, Source(source, {})).write(folder, force=False)
+    return folder
 
 
 def check_settings(model: str, given: list[tuple[str, str]], legal: dict[str, str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mmdist.backend import init_backend
-from mmdist.config import REPOSITORY, Config, EngineConfig, HardwareConfig, ModelConfig, SamplingParams, UserError
+from mmdist.config import Config, EngineConfig, HardwareConfig, ModelConfig, SamplingParams, UserError
 from mmdist.engine.batch import Scheduled, build_batch, image_embeds, take_memories
 from mmdist.engine.detokenizer import Detokenizer
 from mmdist.engine.encoder import EncoderEngine
@@ -21,11 +21,12 @@ from mmdist.engine.load import load_engine
 from mmdist.engine.request import Request
 from mmdist.engine.request import Sequence as EngineSequence
 from mmdist.manifest import MANIFEST, load_manifest
+from mmdist.shipped import ASSETS
 from mmdist.tasks.requests import build_request, user_message
 from mmdist.tp import TP
 from weights_tools.source import find_family
 
-PICTURE, PROMPT = REPOSITORY / "assets" / "pictures" / "shapes.png", "What is in the picture?"
+PICTURE, PROMPT = ASSETS / "pictures" / "shapes.png", "What is in the picture?"
 MAX_NEW_TOKENS = 32
 
 

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from mmdist.config import REPOSITORY, UserError
+from mmdist.config import ModelConfig, UserError
 from mmdist.manifest import MANIFEST, load_manifest
 from mmdist.models.family import build_model, check_world_size, find_model, list_models, load_model_config
 from mmdist.models.quantized import hold_as_stored
 from mmdist.plan import Plan, shard_plan
 from mmdist.quant import FOLLOWS
 from mmdist.quant_files import check_description, find_format
+from mmdist.shipped import CONF
 from mmdist.tp import TP
 from mmdist.weights import Checkpoint, open_checkpoint
-from weights_tools.convert import convert_demo
+from weights_tools.convert import make_demo
 from weights_tools.folder import absolute
 
 
@@ -41,14 +42,11 @@ def find_source(model: str, src: str | None) -> tuple[str, Path]:
 
 
 def demo_checkpoint(model: str) -> Path:
-    path = REPOSITORY / "conf" / "model" / f"{model}.yaml"
-    settings: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
+    path = CONF / "model" / f"{model}.yaml"
+    settings: Any = OmegaConf.to_container(OmegaConf.load(path))
     if "demo_checkpoint" not in settings:
         raise UserError(f"{model}: no demo_checkpoint in {path}; give the checkpoint as --src FOLDER")
-    folder = REPOSITORY / settings["demo_checkpoint"]
-    if "demo_source" in settings:
-        convert_demo(model, REPOSITORY / settings["demo_source"], folder)
-    return folder
+    return make_demo(ModelConfig(**settings))
 
 
 def find_family(folder: Path) -> str:

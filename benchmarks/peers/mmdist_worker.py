@@ -9,11 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import hydra
 from serve import Tokens, claim_stdout, serve
 
 import mmdist.tasks
-from launch import CONF, register_schemas, to_config
+from mmdist.compose import compose_config
 from mmdist.config import Config, SamplingParams
 from mmdist.engine.engine import Engine
 from mmdist.engine.request import Request
@@ -51,13 +50,12 @@ def run(config: Config, engine: Engine) -> int:
 def main() -> int:
     mmdist.tasks.__path__.append(str(HERE.parent))
     overrides = sys.argv[1:]
-    register_schemas()
-    with tempfile.TemporaryDirectory() as folder, hydra.initialize_config_dir(CONF, version_base="1.3"):
-        config = to_config(hydra.compose("config", ["task=chat", f"output_dir={folder}", *overrides]))
+    with tempfile.TemporaryDirectory() as folder:
+        config = compose_config(["task=chat", f"output_dir={folder}", *overrides])
         config.task = HERE.stem
         if is_rank():
             become_rank(lambda: run_rank(config))
-        return start(config, [sys.executable, str(HERE), *overrides])
+        return start(config, [sys.executable, str(HERE)], overrides)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,15 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from mmdist.agent import run_agent
 from mmdist.backend import init_backend, threads_per_rank
-from mmdist.config import REPOSITORY, HardwareConfig, LauncherConfig, UserError
+from mmdist.config import HardwareConfig, LauncherConfig, UserError
 from mmdist.doctor.finding import Finding
+from mmdist.shipped import PACKAGE
 from mmdist.tp import TP, init_tp
 
 TIMEOUT_S = 60  # ranks that have not met by then never will
 SECONDS = 0.5  # for each of the sizes
 SMALL, LARGE = 8 << 10, 16 << 20  # bytes: about what a layer reduces for one token, and for a long prompt
-RANK = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from mmdist.doctor.exchange import be_rank; be_rank()"
+RANK = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); from mmdist.doctor.exchange import be_rank; be_rank()"
 CURE = "NCCL_DEBUG=INFO or HCCL's logs say more; on a CPU: hardware.collectives=gloo"
 
 

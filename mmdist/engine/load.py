@@ -13,7 +13,7 @@ import torch
 
 from mmdist.ascend import Chip, check_dtype, find_chip
 from mmdist.backend import GIB, Backend, count_cores, count_devices, memory_per_rank
-from mmdist.config import REPOSITORY, Config, EngineConfig, UserError
+from mmdist.config import Config, EngineConfig, UserError
 from mmdist.engine.cache import cache_shape
 from mmdist.engine.encoder import EncoderEngine
 from mmdist.engine.engine import Engine
@@ -30,6 +30,7 @@ from mmdist.models.quantized import cast, check_plain, hold_as_stored, quantise_
 from mmdist.plan import Plan, shard_plan
 from mmdist.quant import FOLLOWS, Ascend, Scheme, WeightFormat
 from mmdist.quant_files import check_description, find_format
+from mmdist.shipped import SHIPPED, demo_folder
 from mmdist.spans import Spans
 from mmdist.tp import TP
 from mmdist.weights import Checkpoint, open_checkpoint
@@ -44,13 +45,11 @@ def find_checkpoint(config: Config) -> Path:
     """checkpoint=, else the one shipped for the family."""
     if config.checkpoint is not None:
         return Path(config.checkpoint)
-    if config.model.demo_checkpoint is None:
-        raise UserError(f"model={config.model.name} ships no checkpoint; give one with checkpoint=DIR")
-    folder = REPOSITORY / config.model.demo_checkpoint
+    folder = demo_folder(config.model)
     if not folder.exists() and config.model.demo_source is not None:
         raise UserError(
             f"{folder}: not there yet; make it with: weights_tools convert {config.model.name} "
-            f"--src {REPOSITORY / config.model.demo_source} --dst {folder}"
+            f"--src {SHIPPED / config.model.demo_source} --dst {folder}"
         )
     return folder
 

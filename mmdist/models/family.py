@@ -11,15 +11,16 @@ from typing import Any
 import torch
 
 from mmdist.ascend import spare_transformers
-from mmdist.config import REPOSITORY, UserError
+from mmdist.config import UserError
 from mmdist.models.base import Model
 from mmdist.models.quantized import linears
 from mmdist.quant import WeightFormat
+from mmdist.shipped import CONF
 from mmdist.tp import TP
 
 
 def list_models() -> list[str]:
-    return sorted(path.stem for path in REPOSITORY.glob("conf/model/*.yaml"))
+    return sorted(path.stem for path in CONF.glob("model/*.yaml"))
 
 
 def find_model(name: str) -> type[Model]:

@@ -14,9 +14,7 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from functools import cache
 from pathlib import Path
 
 from mmdist.config import UserError
+from mmdist.shipped import cache_folder
 
 log = logging.getLogger("mmdist.native")
 SOURCES = Path(__file__).parent
@@ -226,26 +225,6 @@ def open_library(path: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:  # e.g. a file system mounted noexec
         raise BuildError(f"{error}; set XDG_CACHE_HOME to a folder that allows execution") from None
-
-
-def cache_folder() -> Path:
-    """XDG_CACHE_HOME/mmdist, else ~/.cache/mmdist; where that cannot be written, a private temporary one."""
-    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    with suppress(OSError, RuntimeError):  # RuntimeError: a user without a home
-        folder = (asked if asked.is_absolute() else Path.home() / ".cache") / "mmdist"
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return folder
-    return private_folder(Path(tempfile.gettempdir()) / f"mmdist-{os.getuid()}")
-
-
-def private_folder(folder: Path) -> Path:
-    """A folder that only this user can write; one that another user has laid there is refused."""
-    folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise BuildError(f"{folder} is not a folder of this user alone; remove it or set XDG_CACHE_HOME")
-    return folder
 
 
 @contextmanager

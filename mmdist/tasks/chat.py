@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmdist.config import EXIT_INTERRUPTED, REPOSITORY, SAMPLING_KEYS, SamplingParams, UserError
+from mmdist.config import EXIT_INTERRUPTED, SAMPLING_KEYS, SamplingParams, UserError
 from mmdist.engine.load import AnyEngine
 from mmdist.engine.request import Request
 from mmdist.media import load_image, load_video
+from mmdist.shipped import SHIPPED
 from mmdist.task_config import ChatConfig
 from mmdist.tasks.requests import check_takes_video, user_message
 
@@ -49,9 +50,9 @@ def run(config: ChatConfig, engine: AnyEngine) -> int:
         image, video, prompt = config.model.demo_image, config.model.demo_video, config.model.demo_prompt
         print(f"{image or video}: {prompt}")
     if image is not None:
-        conversation.show(REPOSITORY / image if is_demo(config) else Path(image))
+        conversation.show(SHIPPED / image if is_demo(config) else Path(image))
     if video is not None:
-        conversation.show_video(REPOSITORY / video if is_demo(config) else Path(video))
+        conversation.show_video(SHIPPED / video if is_demo(config) else Path(video))
     if prompt is None:
         converse(conversation)
         return 0

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mmdist.backend import Backend, synchronize
 from mmdist.collectives.counted import CountedCollectives
-from mmdist.config import REPOSITORY, UserError
+from mmdist.config import UserError
 from mmdist.engine.encoder import EncoderEngine
 from mmdist.engine.load import AnyEngine, find_checkpoint, find_quant, load_engine
 from mmdist.media import load_image, load_video
@@ -28,6 +28,7 @@ from mmdist.performance.ranks import Ranks
 from mmdist.performance.report import Report, table
 from mmdist.performance.results import Result
 from mmdist.performance.workload import Workload, run_batch
+from mmdist.shipped import SHIPPED
 from mmdist.spans import TimedSpans, cost_s
 from mmdist.task_config import PerformanceConfig
 from mmdist.tasks.performance_reports import begin_sweep as begin_sweep
@@ -164,7 +165,7 @@ def find_media(config: PerformanceConfig) -> tuple[Path | None, Path | None]:
     image, video = config.image, config.video
     if config.checkpoint is None and image is None and video is None:
         shipped = (config.model.demo_image, config.model.demo_video)
-        image, video = (None if name is None else str(REPOSITORY / name) for name in shipped)
+        image, video = (None if name is None else str(SHIPPED / name) for name in shipped)
     return None if image is None else Path(image), None if video is None else Path(video)
 
 

@@ -1,0 +1,5 @@
+"""`python -m mmdist`: the same as the installed command."""
+
+from mmdist.cli import program
+
+program()
