@@ -70,9 +70,8 @@ class HubProcessor(Processor):
 def find_bytes(tokenizer: Any) -> frozenset[int]:
     """Ids of a sentencepiece vocabulary's byte pieces; none in one of bytes alone."""
     pieces = [f"<0x{byte:02X}>" for byte in range(256)]
-    ids = tokenizer.convert_tokens_to_ids(pieces)
-    found = zip(ids, tokenizer.convert_ids_to_tokens(ids), pieces, strict=True)
-    return frozenset(token_id for token_id, stored, piece in found if stored == piece)
+    ids = tokenizer.convert_tokens_to_ids(pieces)  # of an unknown piece None or <unk>'s
+    return frozenset(ids) - {None, tokenizer.unk_token_id}
 
 
 def check_placeholders(text: str, placeholder: str, count: int, what: str) -> None:
