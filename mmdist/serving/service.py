@@ -18,6 +18,7 @@ from mmdist.engine.request import Output, Request, failed
 from mmdist.models.base import Processor, Prompt
 from mmdist.serving.errors import ServeError
 from mmdist.serving.metrics import Metrics
+from mmdist.serving.pictures import Media
 from mmdist.task_config import ServeConfig
 
 RETRY_S = 1  # what a client that finds the queue full is told to wait
@@ -42,6 +43,7 @@ class Service:
 
     def __init__(self, engine_loop: EngineLoop, processor: Processor, config: ServeConfig, metrics: Metrics):
         self.engine_loop, self.config, self.metrics = engine_loop, config, metrics
+        self.media = Media(config.server, config.video_frames)
         self.processor = copy.deepcopy(processor)  # the event loop's, to decode single tokens
         self._prompts = copy.deepcopy(processor)  # the prompt thread's
         self._prompt_thread = ThreadPoolExecutor(1, "prompts")
