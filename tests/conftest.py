@@ -37,7 +37,15 @@ from mmdist.tasks.requests import build_request
 from mmdist.tp import TP
 from weights_tools.cli import main as weights_tools
 
-pytest_plugins = ["split_cases", "convert_cases", "quant_cases", "static_cases", "npu.jobs", "vision_cases"]
+pytest_plugins = [
+    "split_cases",
+    "convert_cases",
+    "quant_cases",
+    "static_cases",
+    "npu.jobs",
+    "vision_cases",
+    "serve_cases",
+]
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from types import ModuleType
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,11 +18,14 @@ from mmdist.config import UserError
 from mmdist.serving import health
 from mmdist.serving.access import RequestId
 from mmdist.serving.errors import ServeError
+from mmdist.serving.formats import openai
 from mmdist.serving.guard import Guard
 from mmdist.serving.service import Service
 
 TITLE = "mmdist"
-FORMATS: tuple[ModuleType, ...] = ()  # modules of formats/; the first shows the errors of paths that are nobody's
+FORMATS: tuple[ModuleType, ...] = (
+    openai,
+)  # modules of formats/; the first shows the errors of paths that are nobody's
 
 
 def create_app(service: Service, api_keys: list[str]) -> FastAPI:
@@ -80,7 +84,21 @@ def as_serve_error(error: Exception) -> ServeError:
 def validation(error: RequestValidationError) -> ServeError:
     """The first thing wrong with a body, in one line."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    where = ".".join(find_place(first["loc"], error.body, missing=first["type"] == "missing"))
     if first["type"] == "json_invalid":
         return ServeError(400, f"the body is not JSON: {first['ctx']['error']}")
     return ServeError(422, f"{where}: {first['msg']}" if where else first["msg"], param=where or None)
+
+
+def find_place(loc: Sequence[int | str], body: Any, *, missing: bool) -> list[str]:
+    """An error's place as the client wrote it: without the names that pydantic gives to the members of unions."""
+    if loc[0] != "body":
+        return [str(part) for part in loc[1:]]
+    found, value = [], body
+    for number, part in enumerate(loc[1:], 2):
+        inside = part in value if isinstance(value, dict) else isinstance(part, int) and isinstance(value, list)
+        if inside:
+            value = value[part]
+        if inside or (missing and number == len(loc)):
+            found.append(str(part))
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 from collections.abc import Callable
 
 from fastapi import Request
@@ -35,6 +36,7 @@ class Guard:
         try:
             self.check_key(scope)
             body = await self.read_body(scope, receive)
+            check_text(body)
         except ServeError as error:
             response = self.show(Request(scope), error)
             response.headers["Connection"] = "close"  # what is left of the body is not read
@@ -78,6 +80,18 @@ class Guard:
             raise ServeError(
                 408, f"the request did not arrive within {self.server.body_timeout_s:g} s (server.body_timeout_s)"
             ) from None
+
+
+def check_text(body: bytes) -> None:
+    """ServeError 400 for halves of surrogate pairs, which JSON can name and no tokenizer takes."""
+    if b"\\ud" not in body and b"\\uD" not in body:
+        return
+    try:
+        json.dumps(json.loads(body), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ServeError(400, "the body has half of a surrogate pair in a text") from error
+    except (ValueError, RecursionError):
+        return  # no JSON, as its reader will say
 
 
 def is_open(scope: Scope) -> bool:

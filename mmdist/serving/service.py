@@ -13,6 +13,7 @@ from itertools import count
 from typing import Any
 
 from mmdist.config import SamplingParams, UserError
+from mmdist.engine.encoder import EncoderEngine
 from mmdist.engine.loop import EngineLoop
 from mmdist.engine.request import Output, Request, failed
 from mmdist.models.base import Processor, Prompt
@@ -61,6 +62,12 @@ class Service:
     @property
     def max_model_len(self) -> int | None:
         return getattr(self.engine_loop.engine, "max_model_len", None)
+
+    @property
+    def encoder(self) -> EncoderEngine | None:
+        """The engine of a family that answers at once (VLMo); None where answers are generated."""
+        engine = self.engine_loop.engine
+        return engine if isinstance(engine, EncoderEngine) else None
 
     @property
     def num_active(self) -> int:
@@ -132,14 +139,18 @@ class Service:
             self._close(call)
 
     def _open(self, name: str, n: int) -> Call:
-        self.check_open()
-        if self.is_full or self.num_active + n > self.capacity:
-            raise ServeError(429, f"{self.num_active} requests are being answered or wait", retry_after=RETRY_S)
+        self.check_room(n)
         call = Call(name, [f"{next(self._numbers)}" for _ in range(n)])
         call.open = set(range(n))
         self._calls.update({id: (call, index) for index, id in enumerate(call.ids)})
         self._named[name] = call
         return call
+
+    def check_room(self, n: int = 1) -> None:
+        """ServeError 429 where `n` more answers are too many, 503 where none is given; ask before reading pictures."""
+        self.check_open()
+        if self.num_active + n > self.capacity:
+            raise ServeError(429, f"{self.num_active} requests are being answered or wait", retry_after=RETRY_S)
 
     def check_open(self) -> None:
         """ServeError 503 where no request is taken."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -39,14 +40,16 @@ async def wait_until_gone(request: Request) -> None:
 
 
 async def collect(request: Request, outputs: Outputs) -> list[Output]:
-    """Each answer's last output, in their order; ServeError where one of them has failed or been timed out."""
+    """Each answer's last output, in their order (of one that was aborted, its last before); ServeError where one of
+    them has failed or been timed out."""
 
     async def run() -> list[Output]:
         last: dict[int, Output] = {}
         async with aclosing(outputs):
             async for index, output in outputs:
-                last[index] = output
                 check_ended_well(output)
+                before = last.get(index, output) if output.finish_reason == "abort" else output
+                last[index] = replace(before, finish_reason=output.finish_reason)
         return [last[index] for index in sorted(last)]
 
     return await unless_gone(request, run())
