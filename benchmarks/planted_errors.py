@@ -24,7 +24,7 @@ from mmdist.engine.load import load_engine
 from mmdist.engine.record import LAYER, Record, Recorder
 from mmdist.precision.answers import Answers
 from mmdist.precision.compare import HEAD, compare_layers, find_drift
-from mmdist.task_config import PrecisionConfig
+from mmdist.task_config import PrecisionConfig, nothing_kept
 from mmdist.tasks.requests import build_request, read_requests
 from mmdist.tp import TP
 
@@ -56,7 +56,8 @@ def belongs(parameter: str, stage: str | None) -> bool:
 
 
 def main(model: str, checkpoint: str, requests: str) -> None:
-    config = Config(checkpoint=checkpoint, model=ModelConfig(name=model), dtype="float32")
+    model_config = ModelConfig(name=model)
+    config = Config(checkpoint=checkpoint, model=model_config, dtype="float32", engine=nothing_kept())
     engine = load_engine(config, TP(), init_backend(config.hardware, local_rank=0, local_size=1))
     assert isinstance(engine, Engine), "VLMo answers without tokens"
     engine.recorder = recorder = Recorder(Path(tempfile.mkdtemp()), engine.stages())

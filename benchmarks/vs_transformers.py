@@ -100,7 +100,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     folder = make_bench_1b()
-    settings = EngineConfig(max_num_seqs=10, max_model_len=2048)
+    settings = EngineConfig(max_num_seqs=10, max_model_len=2048, prefix_cache=False, embedding_cache_mib=0)
     config = Config(checkpoint=str(folder), model=ModelConfig(name="llava_next"), engine=settings)
     engine = load_engine(config, TP(), Backend(torch.device("cpu"), "gloo"))
     model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)

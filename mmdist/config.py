@@ -6,6 +6,7 @@ The yaml files in conf/ choose among these; `python launch.py --help` prints the
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from math import inf, isfinite
 from types import UnionType
@@ -60,7 +61,7 @@ def key(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-def group(kind: type, help: str) -> Any:
+def group(kind: Callable[[], Any], help: str) -> Any:
     return field(default_factory=kind, metadata={"help": help})
 
 
@@ -187,6 +188,15 @@ class EngineConfig:
         8, "most pictures remembered at once, in families whose layers look at them (mllama, llama_adapter)"
     )
     max_num_batched_tokens: int = key(2048, "most tokens in one step; longer prompts are prefilled in chunks")
+    max_prefill_tokens_beside_decode: int = key(
+        256, "most tokens of prompts in a step in which other requests' answers go on, and stand still for as long"
+    )
+    prefix_cache: bool = key(
+        True, "keep what was computed of prompts and answers, for requests that begin alike (task=performance: false)"
+    )
+    embedding_cache_mib: int = key(
+        256, "MiB of encoded pictures that rank 0 keeps, for requests that show them again (task=performance: 0)"
+    )
     kv_cache_dtype: str = key(
         "auto", "auto (as the weights) or int8 (a scale for each token and head; half the memory, less exact)"
     )
@@ -201,11 +211,13 @@ class EngineConfig:
             "max_num_seqs",
             "max_pictures",
             "max_num_batched_tokens",
+            "max_prefill_tokens_beside_decode",
             "block_size",
             "num_blocks",
         ):
             value = getattr(self, name)
             require(value is None or value > 0, f"engine.{name}", value, "a whole number above 0")
+        require(self.embedding_cache_mib >= 0, "engine.embedding_cache_mib", self.embedding_cache_mib, "0 or above")
         require(
             self.kv_cache_dtype in KV_CACHE_DTYPES,
             "engine.kv_cache_dtype",

@@ -10,6 +10,11 @@ VLLM_STREAMS = ("ndjson_cumulative", "nul_delta")
 RECORDS = ("none", "logits", "layers")
 
 
+def nothing_kept() -> EngineConfig:
+    """Where every request is to be computed from its beginning, as often as it comes."""
+    return EngineConfig(prefix_cache=False, embedding_cache_mib=0)
+
+
 @dataclass
 class VideoConfig:
     video_frames: int = key(8, "frames taken from a video, evenly spread (model=llava_next_video)")
@@ -112,7 +117,7 @@ class GenerateConfig(VideoConfig, SamplingParams, Config):
     record: str = key(
         "none",
         "logits or layers: keep these numbers too, in a folder OUTPUT.record, for task=precision "
-        "(logprobs=20 then, unless given)",
+        "(logprobs=20 then, unless given; and nothing is taken from engine.prefix_cache or embedding_cache_mib)",
     )
 
     def __post_init__(self) -> None:
@@ -120,8 +125,9 @@ class GenerateConfig(VideoConfig, SamplingParams, Config):
         SamplingParams.__post_init__(self)
         self.check_video()
         require(self.record in RECORDS, "record", self.record, "|".join(RECORDS))
-        if self.record != "none" and self.logprobs is None:
-            self.logprobs = 20
+        if self.record != "none":
+            self.engine = replace(self.engine, prefix_cache=False, embedding_cache_mib=0)
+            self.logprobs = 20 if self.logprobs is None else self.logprobs
         if self.images is None and self.texts is None:
             require(
                 self.input is not None,
@@ -233,6 +239,7 @@ class PerformanceConfig(VideoConfig, Config):
     resume: bool = key(False, "keep what output_dir= has measured of the same settings, with -m whole jobs")
     compare: str | None = key(None, "a performance.json of before: print ratios, exit code 1 if anything is worse")
     max_regression: float = key(0.1, "with compare=: how much worse is allowed, as a share")
+    engine: EngineConfig = group(nothing_kept, "batching and the KV cache")
 
     def __post_init__(self) -> None:
         super().__post_init__()

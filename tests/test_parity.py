@@ -28,7 +28,7 @@ def prompt_logits(engine: Engine, request: Request) -> np.ndarray:
     """(prompt, vocab) logits after every token of a prompt."""
     engine.add(request)
     (item,) = engine.scheduler.schedule()
-    engine._encode_images(item.sequence)
+    engine.encode_pictures(item)
     batch = build_batch([item], engine.scheduler.running)
     batch.logits_rows = list(range(len(batch.input_ids)))
     memories = take_memories([item], batch)

@@ -82,7 +82,9 @@ def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 def measure(case: Case, size: int, **keys: Any) -> dict[str, Any]:
     """What rank 0 of `size` writes."""
     common = {"warmup": 0, "repeats": 2, "output_len": 4, "batch_sizes": [1, 3], "output_dir": "."}
-    config = PerformanceConfig(**{**vars(config_for(case)), **common, **keys})
+    config = PerformanceConfig(
+        **{**vars(config_for(case, prefix_cache=False, embedding_cache_mib=0)), **common, **keys}
+    )
 
     def rank_work(tp: Any) -> int:
         engine = performance.open_engine(config, tp, CPU)

@@ -121,12 +121,12 @@ def score(engine: EncoderEngine, request: Request) -> Answer:
 
 def logits_along(engine: Engine, request: Request, answer_ids: list[int]) -> torch.Tensor:
     """(answer tokens, vocabulary) float32: what was before each token of the answer, in one pass."""
-    sequence = EngineSequence(request, Detokenizer(engine.prompts.decode, []), max_tokens=engine.max_model_len)
+    detokenizer = Detokenizer(engine.prompts.decode, [])
+    sequence = EngineSequence(request, detokenizer, engine.max_model_len, engine.pictures.list(request.prompt))
     sequence.output_ids = answer_ids[:-1]
     engine.scheduler.blocks.grow(sequence, sequence.num_tokens)
-    if request.prompt.vision:
-        sequence.image_embeds = engine.runner.encode_images(request.prompt.vision)
     scheduled = [Scheduled(sequence, sequence.num_tokens)]
+    engine.encode_pictures(scheduled[0])
     batch = build_batch(scheduled, [sequence])
     batch.logits_rows = list(range(sequence.num_prompt_tokens - 1, sequence.num_tokens))
     memories = take_memories(scheduled, batch)

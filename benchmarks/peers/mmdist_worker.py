@@ -49,7 +49,7 @@ def run(config: Config, engine: Engine) -> int:
 
 def main() -> int:
     mmdist.tasks.__path__.append(str(HERE.parent))
-    overrides = sys.argv[1:]
+    overrides = ["engine.prefix_cache=false", "engine.embedding_cache_mib=0", *sys.argv[1:]]
     with tempfile.TemporaryDirectory() as folder:
         config = compose_config(["task=chat", f"output_dir={folder}", *overrides])
         config.task = HERE.stem

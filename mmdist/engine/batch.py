@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from mmdist.engine.request import Sequence
+from mmdist.engine.request import Picture, Sequence
 
 
 @dataclass
@@ -70,8 +69,11 @@ class Scheduled:
 
     def image_range(self) -> tuple[int, int]:
         """Which of the request's image tokens are among this step's tokens."""
-        positions = self.sequence.request.prompt.image_positions
-        return bisect_left(positions, self.start), bisect_left(positions, self.stop)
+        return self.sequence.image_range(self.start, self.stop)
+
+    def pictures(self) -> list[Picture]:
+        """Those that must be encoded for this step."""
+        return self.sequence.pictures_in(self.start, self.stop)
 
 
 def build_batch(scheduled: list[Scheduled], running: Iterable[Sequence] = ()) -> Batch:
@@ -92,8 +94,17 @@ def build_batch(scheduled: list[Scheduled], running: Iterable[Sequence] = ()) ->
 
 def image_embeds(scheduled: list[Scheduled]) -> list[torch.Tensor]:
     """The rows for Batch.image_rows, in order; rank 0 only."""
-    ranges = [(item.sequence.image_embeds, *item.image_range()) for item in scheduled]
-    return [embeds[first:last] for embeds, first, last in ranges if embeds is not None and first < last]
+    embeds = []
+    for item in scheduled:
+        first, last = item.image_range()
+        for picture in item.sequence.pictures_of(first, last):
+            embeds.append(rows_of(picture)[max(0, first - picture.first) : last - picture.first])
+    return embeds
+
+
+def rows_of(picture: Picture) -> torch.Tensor:
+    assert picture.embeds is not None, "pictures are encoded before a step looks at them"
+    return picture.embeds
 
 
 def memory_id(sequence: Sequence) -> str:
@@ -102,12 +113,12 @@ def memory_id(sequence: Sequence) -> str:
 
 def take_memories(scheduled: list[Scheduled], batch: Batch) -> list[torch.Tensor]:
     """Announce in the batch what no rank remembers yet; the encoded pictures, in that order; rank 0 only."""
-    encoded = []
+    encoded: list[torch.Tensor] = []
     for sequence in (item.sequence for item in scheduled):
         if memory_id(sequence) and not sequence.remembered:
-            assert sequence.image_embeds is not None, "pictures are encoded before they are remembered"
+            rows = [rows_of(picture) for picture in sequence.pictures]
+            encoded.append(rows[0] if len(rows) == 1 else torch.cat(rows))
             memory = sequence.request.prompt.memory
-            batch.new_memories.append(NewMemory(sequence.request.id, tuple(sequence.image_embeds.shape), memory))
-            encoded.append(sequence.image_embeds)
+            batch.new_memories.append(NewMemory(sequence.request.id, tuple(encoded[-1].shape), memory))
             sequence.remembered = True
     return encoded

@@ -17,6 +17,7 @@ from mmdist.engine.batch import Batch, Scheduled, build_batch, image_embeds, tak
 from mmdist.engine.blocks import BlockManager
 from mmdist.engine.cache import PagedCache, cache_shape
 from mmdist.engine.detokenizer import build_detokenizer
+from mmdist.engine.pictures import PictureEncoder
 from mmdist.engine.record import Recorder, list_stages
 from mmdist.engine.request import Output, Request, Sequence, failed
 from mmdist.engine.runner import Runner
@@ -47,7 +48,9 @@ class Engine:
         self.cache_shape = shape = cache_shape(model, config)
         self.max_model_len = shape.max_model_len
         self.runner = Runner(model, PagedCache(shape, model.dtype, kernels), tp, kernels, spans)
-        self.scheduler = Scheduler(config, BlockManager(shape.num_blocks, shape.block_size))
+        self.pictures = PictureEncoder(self.runner, config, spans)
+        blocks = BlockManager(shape.num_blocks, shape.block_size, finds_prefixes=config.prefix_cache)
+        self.scheduler = Scheduler(config, blocks, self.pictures.cache)
         self.sequences: dict[str, Sequence] = {}
         self.recorder: Recorder | None = None
 
@@ -66,7 +69,8 @@ class Engine:
         if pictures > self.scheduler.config.max_pictures:
             raise UserError(f"{pictures} pictures, engine.max_pictures={self.scheduler.config.max_pictures}; raise it")
         max_tokens = min(length + request.params.max_new_tokens, self.max_model_len)
-        sequence = Sequence(request, build_detokenizer(self.prompts, request.params), max_tokens)
+        detokenizer = build_detokenizer(self.prompts, request.params)
+        sequence = Sequence(request, detokenizer, max_tokens, self.pictures.list(request.prompt))
         self.sequences[request.id] = sequence
         self.scheduler.add(sequence)
 
@@ -90,16 +94,22 @@ class Engine:
     def gauges(self) -> dict[str, float]:
         """What is so now, by vLLM's names."""
         scheduler = self.scheduler
-        used = 1 - len(scheduler.blocks.free) / self.cache_shape.num_blocks
         return {
             "num_requests_running": len(scheduler.running),
             "num_requests_waiting": len(scheduler.waiting),
-            "kv_cache_usage_perc": used,
+            "kv_cache_usage_perc": scheduler.blocks.num_used / scheduler.blocks.num_blocks,
         }
 
     def counters(self) -> dict[str, float]:
-        """What has been counted since the start, by vLLM's names."""
-        return {"num_preemptions": self.scheduler.num_preemptions}
+        """What has been counted since the start, by vLLM's names: of prefixes in tokens, of encoded pictures (mm)."""
+        prefix, pictures = self.scheduler.blocks.prefix, self.pictures.cache
+        return {
+            "num_preemptions": self.scheduler.num_preemptions,
+            "prefix_cache_queries": prefix.num_queried_tokens,
+            "prefix_cache_hits": prefix.num_hit_tokens,
+            "mm_cache_queries": pictures.num_hits + pictures.num_misses,
+            "mm_cache_hits": pictures.num_hits,
+        }
 
     @property
     def has_work(self) -> bool:
@@ -114,7 +124,7 @@ class Engine:
         """Compute the next token of what is scheduled; rank 0 only."""
         scheduled = self.scheduler.schedule()
         for item in scheduled:
-            self._encode_images(item.sequence)
+            self.encode_pictures(item)
         batch = build_batch(scheduled, self.scheduler.running)
         batch.candidates = [num_candidates(item.sequence.request.params) for item in scheduled if item.samples]
         memories = take_memories(scheduled, batch)
@@ -168,18 +178,18 @@ class Engine:
             except UserError as error:
                 yield failed(request.id, request.prompt.token_ids, str(error))
 
-    def _encode_images(self, sequence: Sequence) -> None:
-        vision = sequence.request.prompt.vision
-        if vision and sequence.image_embeds is None:
-            with self.spans("vision"):
-                sequence.image_embeds = self.runner.encode_images(vision)
-            if self.recorder is not None:
-                self.recorder.take_pictures(sequence.request.id)
+    def encode_pictures(self, item: Scheduled) -> None:
+        """Those its step looks at, unless they are known; a recorder sees all of a request's at once."""
+        request = item.sequence.request
+        wanted = item.pictures() if self.recorder is None else item.sequence.pictures
+        if self.pictures.encode(request.prompt, wanted) and self.recorder is not None:
+            self.recorder.take_pictures(request.id)
 
     def _finish_step(self, scheduled: list[Scheduled], scores: list[Scores]) -> list[Output]:
         sampled = [item.sequence for item in scheduled if item.samples]
         for item in scheduled:
             item.sequence.num_computed = item.stop
+            self.scheduler.blocks.note_computed(item.sequence)
         return [self._advance(sequence, own) for sequence, own in zip(sampled, scores, strict=True)]
 
     def _advance(self, sequence: Sequence, scores: Scores) -> Output:
@@ -208,6 +218,7 @@ class Engine:
             logprob=entry,
             num_tokens=len(sequence.output_ids),
             stop_reason=stop_reason,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
         )
 
     def _end(self, sequence: Sequence, token_id: int) -> tuple[str | None, str | int | None]:

@@ -8,6 +8,7 @@ from math import prod
 
 from mmdist.config import EngineConfig
 from mmdist.engine.cache import CacheShape, cache_shape
+from mmdist.engine.pictures import MIB
 from mmdist.models.base import EncoderModel, Model, MultimodalModel
 from mmdist.plan import Plan, bytes_per_rank
 from mmdist.tp import TP
@@ -17,28 +18,31 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes. peak_load_bytes: host memory at the worst moment of loading onto a CPU (weights, one mapped tensor)."""
+    """Bytes. embeddings_bytes: of encoded pictures, kept on the device that makes and uses them. peak_load_bytes: host
+    memory at the worst moment of loading onto a CPU (weights, one mapped tensor)."""
 
     rank: int
     llm_bytes: int
     vision_bytes: int
     kv_bytes: int
     picture_kv_bytes: int  # keys and values of the pictures, in families whose layers look at them
+    embeddings_bytes: int
     activation_bytes: int
     peak_load_bytes: int
 
     @property
     def total(self) -> int:
-        running = self.llm_bytes + self.vision_bytes + self.kv_bytes + self.picture_kv_bytes + self.activation_bytes
-        return max(running, self.peak_load_bytes)
+        kept = self.llm_bytes + self.vision_bytes + self.kv_bytes + self.picture_kv_bytes + self.embeddings_bytes
+        return max(kept + self.activation_bytes, self.peak_load_bytes)
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that requests take while they run: of the KV cache, of pictures looked at, and of a step's tensors."""
+    """Bytes that requests take: of the KV cache, of pictures looked at, of encoded ones kept, of a step's tensors."""
 
     kv_bytes: int
     picture_kv_bytes: int
+    embeddings_bytes: int
     activation_bytes: int
 
 
@@ -53,6 +57,7 @@ def rank_memory(model: Model, plan: Plan, tp: TP, config: EngineConfig) -> RankM
         vision_bytes=vision,
         kv_bytes=step.kv_bytes,
         picture_kv_bytes=step.picture_kv_bytes,
+        embeddings_bytes=step.embeddings_bytes,
         activation_bytes=step.activation_bytes,
         peak_load_bytes=llm + vision + largest * model.dtype.itemsize,
     )
@@ -70,12 +75,13 @@ def _(model: MultimodalModel, tp: TP, config: EngineConfig) -> StepMemory:
     if tp.rank == 0:
         activations = max(activations, model.vision_activations() * model.dtype.itemsize)
     pictures = config.max_pictures * model.memory_numbers() * model.dtype.itemsize
-    return StepMemory(shape.bytes(model.dtype), pictures, activations)
+    embeddings = config.embedding_cache_mib * MIB if tp.rank == 0 else 0
+    return StepMemory(shape.bytes(model.dtype), pictures, embeddings, activations)
 
 
 @step_memory.register
 def _(model: EncoderModel, tp: TP, config: EngineConfig) -> StepMemory:
-    return StepMemory(0, 0, model.activations(config.max_num_seqs))
+    return StepMemory(0, 0, 0, model.activations(config.max_num_seqs))
 
 
 def decoder_activations(model: MultimodalModel, shape: CacheShape, config: EngineConfig) -> int:

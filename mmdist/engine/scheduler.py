@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
+from dataclasses import dataclass, field
 
 from mmdist.config import EngineConfig
 from mmdist.engine.batch import Scheduled
 from mmdist.engine.blocks import BlockManager
+from mmdist.engine.pictures import EmbeddingCache
 from mmdist.engine.request import Sequence
 
 
-class Scheduler:
-    """Running sequences first, in order of arrival; then new ones while tokens, places and blocks last.
+@dataclass
+class Room:
+    """What a step has room for, and what was put into it.
 
-    A long prompt is prefilled in chunks beside the others' decoding. When blocks run out, the youngest sequence gives
-    its own back and is computed again later.
+    tokens: still to be given away, `reserved` of them to decoding sequences whose turn comes; pictures: that may still
+    be encoded.
     """
 
-    def __init__(self, config: EngineConfig, blocks: BlockManager):
+    tokens: int
+    reserved: int
+    pictures: int
+    scheduled: list[Scheduled] = field(default_factory=list)
+
+
+class Scheduler:
+    """Running sequences first, in order of arrival; then new ones, in order too, while tokens, places and blocks last.
+
+    A long prompt is prefilled in chunks beside the others' decoding; the chunks, and the pictures encoded for them, are
+    few then, so that no one's answer stands still for long. When blocks run out, the youngest sequence gives its own
+    back and is computed again later.
+    """
+
+    def __init__(self, config: EngineConfig, blocks: BlockManager, embeddings: EmbeddingCache | None = None):
         self.config, self.blocks = config, blocks
+        self.embeddings = embeddings or EmbeddingCache(0)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -35,44 +54,73 @@ class Scheduler:
 
     def schedule(self) -> list[Scheduled]:
         """Sequences with one new token come first."""
-        scheduled: list[Scheduled] = []
-        budget = self.config.max_num_batched_tokens
+        room = self._room()
         preempted = self.num_preemptions
-        reserved = sum(map(is_decoding, self.running))  # a long prompt leaves every decoding sequence its token
         for sequence in list(self.running):
-            reserved -= is_decoding(sequence)
-            if sequence in self.running and budget > reserved:
-                budget -= self._continue(sequence, budget - reserved, scheduled)
-        while budget > 0 and self.num_preemptions == preempted and self._can_admit(budget):
-            sequence = self.waiting.popleft()
-            self.running.append(sequence)
-            budget -= self._take(sequence, budget, scheduled)
-        return sorted(scheduled, key=lambda item: item.num_tokens > 1)
+            room.reserved -= is_decoding(sequence)
+            if sequence in self.running:
+                self._continue(sequence, room)
+        while self.num_preemptions == preempted and self._admit(room):
+            pass
+        return sorted(room.scheduled, key=lambda item: item.num_tokens > 1)
 
-    def _continue(self, sequence: Sequence, budget: int, scheduled: list[Scheduled]) -> int:
-        """Tokens of a running sequence put into the step; younger ones, in the end itself, make room for it."""
-        target = sequence.num_computed + min(sequence.num_tokens - sequence.num_computed, budget)
-        while not self.blocks.can_grow(sequence, target):
+    def _room(self) -> Room:
+        config, num_decoding = self.config, sum(map(is_decoding, self.running))
+        if not num_decoding:
+            return Room(config.max_num_batched_tokens, 0, sys.maxsize)
+        tokens = min(config.max_num_batched_tokens, num_decoding + config.max_prefill_tokens_beside_decode)
+        return Room(tokens, num_decoding, 1)
+
+    def _continue(self, sequence: Sequence, room: Room) -> None:
+        """Put a running sequence into the step; younger ones, in the end itself, make room for it in the cache."""
+        stop = self._reach(sequence, sequence.num_computed, room)
+        if stop == sequence.num_computed:
+            return
+        while not self.blocks.can_grow(sequence, stop):
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
-                return 0
-        return self._take(sequence, budget, scheduled)
+                return
+        self._take(sequence, stop, room)
 
-    def _take(self, sequence: Sequence, budget: int, scheduled: list[Scheduled]) -> int:
-        num_tokens = min(sequence.num_tokens - sequence.num_computed, budget)
-        self.blocks.grow(sequence, sequence.num_computed + num_tokens)
-        scheduled.append(Scheduled(sequence, num_tokens))
-        return num_tokens
-
-    def _can_admit(self, budget: int) -> bool:
+    def _admit(self, room: Room) -> bool:
+        """Begin the first waiting sequence, if there is room for it now."""
         if not self.waiting or len(self.running) >= self.config.max_num_seqs:
             return False
         first = self.waiting[0]
         pictures = sum(s.request.prompt.memory_pictures for s in (first, *self.running))
         if pictures > self.config.max_pictures:
             return False
-        return self.blocks.can_grow(first, min(first.num_tokens, budget))
+        found = self.blocks.find(first)
+        start = len(found) * self.blocks.block_size
+        stop = self._reach(first, start, room)
+        if stop == start or self.blocks.is_coming(first, found) or not self.blocks.can_start(first, found, stop):
+            return False
+        self.running.append(self.waiting.popleft())
+        self.blocks.start(first, found)
+        self._take(first, stop, room)
+        return True
+
+    def _reach(self, sequence: Sequence, start: int, room: Room) -> int:
+        """How far a sequence gets from `start` in this step; where a picture's turn has not come, up to it."""
+        stop = min(sequence.num_tokens, start + room.tokens - room.reserved)
+        places = self._new_pictures(sequence, start, stop)
+        return places[room.pictures] if len(places) > room.pictures else stop
+
+    def _new_pictures(self, sequence: Sequence, start: int, stop: int) -> list[int]:
+        """Where in [start, stop) pictures begin that have to be encoded. Those that layers look at count as one."""
+        pictures = [p for p in sequence.pictures_in(start, stop) if not self.embeddings.has(p)]
+        if sequence.request.prompt.memory is not None:
+            return [start for _ in pictures[:1]]
+        positions = sequence.request.prompt.image_positions
+        return [max(start, positions[picture.first]) for picture in pictures]
+
+    def _take(self, sequence: Sequence, stop: int, room: Room) -> None:
+        start = sequence.num_computed
+        room.pictures -= len(self._new_pictures(sequence, start, stop))
+        room.tokens -= stop - start
+        self.blocks.grow(sequence, stop)
+        room.scheduled.append(Scheduled(sequence, stop - start))
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -29,7 +29,8 @@ class Prompt:
     token_ids: image tokens already expanded. image_positions: where in token_ids the rows of encode_images go.
     vision: the tensors encode_images takes; empty without pictures. memory: for families whose layers look at the
     pictures, what every rank is told about them (plain data; None without pictures), and memory_pictures: how many.
-    truncated: the text was longer than the model takes, and its end is left out.
+    truncated: the text was longer than the model takes, and its end is left out. picture_hashes: of each picture, once
+    a cache has asked (mmdist.engine.pictures).
     """
 
     token_ids: list[int]
@@ -38,6 +39,7 @@ class Prompt:
     memory: Any = None
     memory_pictures: int = 0
     truncated: bool = False
+    picture_hashes: list[bytes] = field(default_factory=list)
 
 
 class Processor(ABC):
@@ -186,6 +188,15 @@ class MultimodalModel(Model):
     @abstractmethod
     def encode_images(self, vision: dict[str, torch.Tensor]) -> torch.Tensor:
         """Prompt.vision -> (rows, width): image tokens, or what `remember` takes; rank 0 only."""
+
+    def split_pictures(self, vision: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """Prompt.vision -> of each picture (or frame) alone all that its rows depend on."""
+        return [dict(zip(vision, parts, strict=True)) for parts in zip(*vision.values(), strict=True)]
+
+    def picture_rows(self, vision: dict[str, torch.Tensor], num_rows: int) -> list[int]:
+        """How many of the `num_rows` rows that encode_images makes of Prompt.vision are each picture's."""
+        count = len(next(iter(vision.values())))
+        return [num_rows // count] * count
 
     def remember(self, encoded: torch.Tensor, memory: Any) -> Any:
         """encode_images' rows and Prompt.memory -> what the layers look at while the request runs; on every rank."""

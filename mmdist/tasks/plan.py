@@ -93,7 +93,7 @@ def table(plan: dict[str, Any]) -> str:
              "replicated": "whole on every rank", "rank0": "on rank 0 alone"}  # fmt: skip
     legal = ", ".join(map(str, plan["legal_world_sizes"]))
     lines = [f"world_size={plan['world_size']} ({plan['dtype']}); legal sizes: {legal}", ""]
-    columns = ("llm", "vision", "kv", "picture_kv", "activation", "peak_load")
+    columns = ("llm", "vision", "kv", "picture_kv", "embeddings", "activation", "peak_load")
     lines.append("rank" + "".join(f"{name:>13}" for name in columns) + "   (GiB)")
     for rank in plan["ranks"]:
         lines.append(f"{rank['rank']:4}" + "".join(f"{rank[name + '_bytes'] / GIB:13.3f}" for name in columns))
