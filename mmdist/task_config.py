@@ -37,7 +37,7 @@ class ServerConfig:
     access_log: bool = key(True, "log one JSON line a request on stdout")
     max_queue: int = key(256, "requests that may wait behind those being computed; beyond: 429")
     max_body_mb: float = key(64, "largest body of a request, in 10^6 bytes; beyond: 413")
-    body_timeout_s: float = key(30, "seconds a client may take to send a request")
+    body_timeout_s: float = key(30, "seconds a client may take to send a request's headers, and again its body")
     request_timeout_s: float = key(600, "seconds a request may take, waiting included")
     shutdown_timeout: float = key(30, "seconds that running requests may take to finish after SIGTERM")
     max_pictures: int = key(20, "most pictures of one request")

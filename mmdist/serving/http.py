@@ -6,7 +6,8 @@ import asyncio
 import socket
 import threading
 from asyncio import TimerHandle
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -15,23 +16,25 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from mmdist.config import UserError
 from mmdist.task_config import ServerConfig
 
-HEADERS_S = 10  # that a client may take to send a request's headers
 BACKLOG = 2048
 
 
 class PatientProtocol(HttpToolsProtocol):
-    """uvicorn's, that closes a connection whose first headers do not come (slow loris)."""
+    """uvicorn's, that closes a connection whose headers do not come within patience_s (slow loris)."""
 
-    alarm: TimerHandle | None = None
+    def __init__(self, *args: Any, patience_s: float, **options: Any):
+        super().__init__(*args, **options)
+        self.patience_s = patience_s
+        self.alarm: TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.alarm = self.loop.call_later(HEADERS_S, transport.close)
+        self.alarm = self.loop.call_later(self.patience_s, transport.close)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         if self.alarm is None:  # a later request on the same connection
-            self.alarm = self.loop.call_later(HEADERS_S, self.transport.close)
+            self.alarm = self.loop.call_later(self.patience_s, self.transport.close)
 
     def on_headers_complete(self) -> None:
         self._calm()
@@ -72,7 +75,7 @@ class HttpThread:
         self.server = uvicorn.Server(
             uvicorn.Config(
                 app,
-                http=PatientProtocol,
+                http=cast(Any, partial(PatientProtocol, patience_s=server.body_timeout_s)),
                 ws="none",
                 log_config=None,
                 access_log=False,
