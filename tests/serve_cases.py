@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import os
+import queue
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,16 @@ from typing import Any
 
 import httpx
 import pytest
+from conftest import CPU, Case, config_for, run_ranks
+
+from mmdist.engine.load import load_engine
+from mmdist.engine.loop import EngineLoop
+from mmdist.serving.app import create_app
+from mmdist.serving.http import HttpThread, listen
+from mmdist.serving.metrics import Metrics
+from mmdist.serving.service import Service
+from mmdist.task_config import ServeConfig, ServerConfig
+from mmdist.tp import TP
 
 REPOSITORY = Path(__file__).parents[1]
 STARTS_S = 120
@@ -68,6 +80,41 @@ def running_server(folder: Path, *words: str, **env: str) -> Iterator[Server]:
             raise
 
 
+@contextmanager
+def served(config: ServeConfig, size: int = 1) -> Iterator[str]:
+    """The same in this process, with ranks as threads; its address."""
+    ready: queue.Queue[tuple[str, EngineLoop]] = queue.Queue()
+
+    def rank_work(tp: TP) -> None:
+        engine = load_engine(config, tp, CPU)
+        if tp.rank > 0:
+            engine.follow()
+            return
+        engine_loop = EngineLoop(engine, lambda outputs: service.deliver(outputs))
+        service = Service(engine_loop, engine.prompts, config, Metrics(engine, config.model.name))
+        listener = listen(config.server)
+        http = HttpThread(create_app(service, []), listener, config.server)
+        http.start()
+        ready.put((f"http://127.0.0.1:{listener.getsockname()[1]}", engine_loop))
+        engine_loop.run()
+        http.close()
+        engine.stop()
+
+    thread = threading.Thread(target=run_ranks, args=(size, rank_work), daemon=True)
+    thread.start()
+    url, engine_loop = ready.get(timeout=60)
+    try:
+        yield url
+    finally:
+        engine_loop.stop()
+        thread.join(60)
+
+
+def serve_config(checkpoint: Path | Case, model: str, **server: Any) -> ServeConfig:
+    plain = vars(config_for(checkpoint, model=model))
+    return ServeConfig(**plain, server=ServerConfig(port=0, **server))
+
+
 def wait_for_address(process: subprocess.Popen, log: Path) -> str:
     end = time.monotonic() + STARTS_S
     while time.monotonic() < end and process.poll() is None:
@@ -92,14 +139,6 @@ def llava_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """LLaVA-1.5 on one."""
     folder = tmp_path_factory.mktemp("llava_server")
     with running_server(folder, "model=llava", "world_size=1", "dtype=float32") as started:
-        yield started
-    assert started.process.returncode == 0, started.log.read_text()
-
-
-@pytest.fixture(scope="session")
-def vlmo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("vlmo_server")
-    with running_server(folder, "model=vlmo", "world_size=1") as started:
         yield started
     assert started.process.returncode == 0, started.log.read_text()
 

@@ -18,14 +18,12 @@ from mmdist.config import UserError
 from mmdist.serving import health
 from mmdist.serving.access import RequestId
 from mmdist.serving.errors import ServeError
-from mmdist.serving.formats import openai
+from mmdist.serving.formats import openai, vlmo
 from mmdist.serving.guard import Guard
 from mmdist.serving.service import Service
 
 TITLE = "mmdist"
-FORMATS: tuple[ModuleType, ...] = (
-    openai,
-)  # modules of formats/; the first shows the errors of paths that are nobody's
+FORMATS: tuple[ModuleType, ...] = (openai, vlmo)  # the first shows the errors of paths that are nobody's
 
 
 def create_app(service: Service, api_keys: list[str]) -> FastAPI:

@@ -108,15 +108,20 @@ class Conversation:
 async def read_messages(service: Service, messages: Iterable[tuple[str, str | Sequence[Part]]]) -> Conversation:
     """(role, content) of each message -> what the engine's prompts are made of; ServeError 413 or 422."""
     found = Conversation()
-    images: list[str] = []
-    videos: list[str] = []
+    images: list[Source] = []
+    videos: list[Source] = []
     for role, content in messages:
         parts: Sequence[Any] = [TextPart(type="text", text=content)] if isinstance(content, str) else content
         found.messages.append({"role": role, "content": [plain_part(part, images, videos) for part in parts]})
     check_count(service, len(images) + len(videos))
-    found.images = await gather([service.media.image(source) for source in images])
-    found.videos = await gather([service.media.video(source) for source in videos])
+    found.images = await read_images(service, images)
+    found.videos = await gather([service.media.video(address(source)) for source in videos])
     return found
+
+
+async def read_images(service: Service, sources: Sequence[Source]) -> list[Image.Image]:
+    """Side by side; ServeError 413 or 422 for the first that is none."""
+    return await gather([service.media.image(address(source)) for source in sources])
 
 
 async def read_content(service: Service, content: str | Sequence[Part]) -> Conversation:
@@ -124,16 +129,16 @@ async def read_content(service: Service, content: str | Sequence[Part]) -> Conve
     return await read_messages(service, [("user", content)])
 
 
-def plain_part(part: Any, images: list[str], videos: list[str]) -> dict[str, str]:
+def plain_part(part: Any, images: list[Source], videos: list[Source]) -> dict[str, str]:
     """A part as chat templates know it; its source is put behind the others."""
     match part:
         case TextPart():
             return {"type": "text", "text": part.text}
         case VideoUrlPart():
-            videos.append(address(part.video_url))
+            videos.append(part.video_url)
             return {"type": "video"}
         case ImageUrlPart():
-            images.append(address(part.image_url))
+            images.append(part.image_url)
         case ImagePart():
             images.append(part.image)
     return {"type": "image"}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 from mmdist.config import SamplingParams, UserError
 from mmdist.engine.encoder import EncoderEngine
@@ -22,6 +22,7 @@ from mmdist.serving.metrics import Metrics
 from mmdist.serving.pictures import Media
 from mmdist.task_config import ServeConfig
 
+T = TypeVar("T")
 RETRY_S = 1  # what a client that finds the queue full is told to wait
 
 
@@ -135,6 +136,32 @@ class Service:
                     self._submit(call, prompt, params, range(1, n))
                 yield index, output
         finally:
+            alarm.cancel()
+            self._close(call)
+
+    async def compute(self, work: Iterator[T], *, name: str) -> T:
+        """The last value of `work`, each step of which is one of the engine's thread, between those of other requests;
+        errors as in generate()."""
+        call = self._open(name, 1)
+        limit = self.config.server.request_timeout_s
+        alarm = asyncio.get_running_loop().call_later(limit, self._end, call, "timeout", f"not finished in {limit:g} s")
+        ended = asyncio.ensure_future(call.outputs.get())
+        last: T | None = None
+        try:
+            while True:
+                step = asyncio.wrap_future(self.engine_loop.call(partial(next, work, None)))
+                await asyncio.wait([step, ended], return_when=asyncio.FIRST_COMPLETED)
+                if ended.done():
+                    raise self._refusal(ended.result()[1])
+                if (value := step.result()) is None:
+                    break
+                last = value
+            call.open.clear()
+            self.metrics.take(call, replace(failed(call.ids[0], [], ""), finish_reason="stop"))
+            assert last is not None, "work has a value"
+            return last
+        finally:
+            ended.cancel()
             alarm.cancel()
             self._close(call)
 

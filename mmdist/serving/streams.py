@@ -76,6 +76,36 @@ async def begin(request: Request, outputs: Outputs) -> Outputs:
     return all_of_them()
 
 
+async def merge(sources: list[Outputs], n: int) -> Outputs:
+    """The outputs of several prompts as those of one, the answers to each numbered behind those before."""
+    queue: asyncio.Queue[tuple[int, Output] | Exception | None] = asyncio.Queue()
+
+    async def pump(number: int, source: Outputs) -> None:
+        try:
+            async with aclosing(source):
+                async for index, output in source:
+                    queue.put_nowait((number * n + index, output))
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(number, source)) for number, source in enumerate(sources)]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_open -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 def check_ended_well(output: Output) -> None:
     if output.finish_reason == "timeout":
         raise ServeError(504, output.error or "")

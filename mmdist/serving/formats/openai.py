@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from contextlib import aclosing
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from mmdist.engine.request import Output
 from mmdist.models.base import Prompt
 from mmdist.serving.errors import ServeError
 from mmdist.serving.formats.openai_answers import CompletionReply, Reply, render_error
@@ -19,7 +16,7 @@ from mmdist.serving.formats.openai_schema import ChatRequest, CompletionRequest,
 from mmdist.serving.health import ServiceOf
 from mmdist.serving.messages import read_messages
 from mmdist.serving.service import Service
-from mmdist.serving.streams import Outputs, begin, collect, sse
+from mmdist.serving.streams import Outputs, begin, collect, merge, sse
 
 __all__ = ["render_error", "router"]
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
@@ -57,6 +54,8 @@ def check_model(service: Service, name: str | None) -> None:
 @router.post("/chat/completions", response_model=None)
 async def chat_completions(body: ChatRequest, request: Request, service: ServiceOf) -> Response:
     """Answers to a conversation with pictures (and videos, where the family takes them)."""
+    if service.encoder is not None and service.encoder.model.compares:
+        raise ServeError(404, f"{service.model_name} compares pictures with texts; it is asked at /v1/retrieval")
     check_request(service, body, body.n)
     conversation = await read_messages(service, [message.turn for message in body.messages])
     prompt = await service.prompt(**conversation.arguments)
@@ -122,33 +121,3 @@ async def answer(request: Request, body: Sampling, outputs: Outputs, reply: Repl
     if body.stream:
         return sse(reply.events(await begin(request, outputs)))
     return await reply.whole_answer(partial(collect, request), outputs)
-
-
-async def merge(sources: list[Outputs], n: int) -> Outputs:
-    """The outputs of several prompts as those of one, the answers to each numbered behind those before."""
-    queue: asyncio.Queue[tuple[int, Output] | Exception | None] = asyncio.Queue()
-
-    async def pump(number: int, source: Outputs) -> None:
-        try:
-            async with aclosing(source):
-                async for index, output in source:
-                    queue.put_nowait((number * n + index, output))
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.create_task(pump(number, source)) for number, source in enumerate(sources)]
-    try:
-        num_open = len(tasks)
-        while num_open:
-            item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                num_open -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
