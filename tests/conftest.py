@@ -45,6 +45,7 @@ pytest_plugins = [
     "npu.jobs",
     "vision_cases",
     "serve_cases",
+    "format_cases",
 ]
 GOLDEN = Path(__file__).parent / "data" / "golden"
 

@@ -46,6 +46,7 @@ class Processor(ABC):
     """Rank 0's door between people and tokens; a family implements it with transformers' processor."""
 
     stop: Sequence[str] = ()  # texts that end this family's answers
+    placeholder: str = ""  # what stands for a picture in raw text; empty where a text does not show its picture
     takes_video: bool = False  # prompt() then also has videos=, each a list of PIL frames
     # Tokens of single bytes, where a broken one among neighbours makes all of them unreadable (transformers' decode).
     joined: Set[int] = frozenset()

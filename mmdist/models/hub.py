@@ -21,6 +21,7 @@ class HubProcessor(Processor):
 
     def __init__(self, processor: Any, folder: Path, options: ModelConfig):
         self.processor, self.folder = processor, folder
+        self.placeholder = processor.image_token
         self.joined = find_bytes(processor.tokenizer)
         if options.chat_template is not None:
             processor.chat_template = read_template(Path(options.chat_template))
@@ -29,7 +30,7 @@ class HubProcessor(Processor):
         self, *, images: Sequence[Any] = (), messages: list[dict] | None = None, text: str | None = None
     ) -> Prompt:
         text = self.text(messages, text)
-        check_placeholders(text, self.processor.image_token, len(images), "pictures")
+        check_placeholders(text, self.placeholder, len(images), "pictures")
         return self.make_prompt(self.inputs(text, images))
 
     @abstractmethod

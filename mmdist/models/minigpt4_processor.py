@@ -78,6 +78,8 @@ LLAMA2 = Conversation("<s>[INST] ", " [/INST] ", "", stop=())
 
 
 class MiniGPT4Processor(Processor):
+    placeholder = PICTURE
+
     def __init__(self, folder: Path, config: Any):
         self.config = config
         self.conversation = VICUNA if config.has_qformer else LLAMA2

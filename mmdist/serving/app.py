@@ -18,12 +18,13 @@ from mmdist.config import UserError
 from mmdist.serving import health
 from mmdist.serving.access import RequestId
 from mmdist.serving.errors import ServeError
-from mmdist.serving.formats import openai, vlmo
+from mmdist.serving.formats import mindie, openai, tgi, triton, vlmo
 from mmdist.serving.guard import Guard
 from mmdist.serving.service import Service
 
 TITLE = "mmdist"
-FORMATS: tuple[ModuleType, ...] = (openai, vlmo)  # the first shows the errors of paths that are nobody's
+# The first shows the errors of paths that are nobody's.
+FORMATS: tuple[ModuleType, ...] = (openai, vlmo, tgi, triton, mindie)
 
 
 def create_app(service: Service, api_keys: list[str]) -> FastAPI:
@@ -51,8 +52,9 @@ def create_app(service: Service, api_keys: list[str]) -> FastAPI:
 
 
 def show(request: Request, error: ServeError) -> Response:
-    """In the shape of the format whose path was asked."""
-    response = find_format(request.url.path).render_error(error)
+    """In the shape of the format whose path was asked, or that a route has found out itself (state.render_error)."""
+    render = getattr(request.state, "render_error", None) or find_format(request.url.path).render_error
+    response = render(error)
     response.headers.update(error.headers)
     return response
 
