@@ -23,7 +23,7 @@ from mmdist.ascend import (
 )
 from mmdist.config import HardwareConfig, UserError
 from mmdist.cores import count_cores, pin
-from mmdist.hccl import obsolete_variables
+from mmdist.hccl import check_ports, obsolete_variables
 
 GIB = 2**30
 RESET, RESET_PEAK = Path("/proc/self/clear_refs"), "5"  # linux, proc(5)
@@ -122,8 +122,10 @@ def init_backend(hardware: HardwareConfig, *, local_rank: int, local_size: int) 
 
 def init_npu(hardware: HardwareConfig, local_rank: int) -> Backend:
     chip, npu = check_machine(hardware), load_torch_npu().npu
-    for line in obsolete_variables() if local_rank == 0 else ():
-        log.warning(line)
+    if local_rank == 0:
+        check_ports()
+        for line in obsolete_variables():
+            log.warning(line)
     npu.set_device(local_rank)
     npu.set_compile_mode(jit_compile=False)  # a 310P would compile every operation anew for each shape
     return Backend(torch.device("npu", local_rank), "cpu:gloo,npu:hccl", chip)

@@ -13,6 +13,7 @@ from mmdist.config import UserError
 from mmdist.ports import is_port_free, lock_ports
 
 BASE_PORT = "HCCL_IF_BASE_PORT"
+DEFAULT_PORT = 60000  # HCCL's own
 PORT_COUNT = 16  # from the base port on
 FIRST_PORTS = range(61000, 65520, PORT_COUNT)  # above those that Linux gives to outgoing connections
 CONNECT_TIMEOUTS = 120, 7200  # seconds, least and most
@@ -46,22 +47,48 @@ def hccl_environment(timeout_s: int) -> Iterator[dict[str, str]]:
 @contextmanager
 def take_ports() -> Iterator[int]:
     """HCCL_IF_BASE_PORT, else the first of FIRST_PORTS whose block no one uses; locked against other jobs."""
-    asked = os.environ.get(BASE_PORT)
-    if asked is not None and not asked.isdigit():
-        raise UserError(f"{BASE_PORT}={asked}: expected a port number; unset it, and each job takes free ones")
-    for first in FIRST_PORTS if asked is None else [int(asked)]:
-        block = range(first, first + PORT_COUNT)
-        locks = lock_ports(block)
+    asked = asked_port()
+    for first in FIRST_PORTS if asked is None else [asked]:
+        locks = lock_ports(block(first))
         if locks is not None:
             with locks:
                 yield first
             return
     if asked is None:
         raise UserError(f"no {PORT_COUNT} free ports in a row from {FIRST_PORTS[0]} on; choose with {BASE_PORT}=PORT")
-    busy = ", ".join(str(port) for port in block if not is_port_free(port)) or "of another job of yours"
-    raise UserError(
-        f"{BASE_PORT}={asked}: HCCL takes the ports {block[0]}-{block[-1]}, and some are in use ({busy}); unset it, "
-        "and each job takes free ones"
+    raise ports_in_use(asked, "unset it, and each job takes free ones")
+
+
+def check_ports() -> None:
+    """For a job that torchrun started, whose ports are its user's: by one rank of the machine, before any communicates.
+
+    Of several machines another rank may hold its port already.
+    """
+    if "MMDIST_AGENT" in os.environ or os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE"):
+        return
+    first = asked_port() or DEFAULT_PORT
+    if not all(map(is_port_free, block(first))):
+        cure = f"export {BASE_PORT}=PORT, {PORT_COUNT} free ones from there on; launch.py without torchrun finds some"
+        raise ports_in_use(first, cure)
+
+
+def asked_port() -> int | None:
+    asked = os.environ.get(BASE_PORT)
+    if asked is not None and not asked.isdigit():
+        raise UserError(f"{BASE_PORT}={asked}: expected a port number; unset it, and each job takes free ones")
+    return int(asked) if asked is not None else None
+
+
+def block(first: int) -> range:
+    return range(first, first + PORT_COUNT)
+
+
+def ports_in_use(first: int, cure: str) -> UserError:
+    ports = block(first)
+    busy = ", ".join(str(port) for port in ports if not is_port_free(port)) or "of another job of yours"
+    return UserError(
+        f"{BASE_PORT}={first}{'' if BASE_PORT in os.environ else ' (its default)'}: HCCL takes the ports "
+        f"{ports[0]}-{ports[-1]}, and some are in use ({busy}); {cure}"
     )
 
 

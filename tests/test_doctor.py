@@ -148,6 +148,10 @@ def test_torch_npu_and_cann(tmp_path: Path, monkeypatch: Any) -> None:
     info.parent.mkdir(parents=True)
     info.write_text("package_name=Ascend-cann-toolkit\nversion=8.5.0\ninnerversion=V100\n")
     assert ascend.find_cann(tmp_path / "latest") == "8.5.0"
+    (info.parent / "ascend_compiler_install.info").write_text("version=8.5.1\n")
+    assert ascend.find_cann(tmp_path / "latest") == "8.5.0"
+    info.unlink()
+    assert ascend.find_cann(tmp_path / "latest") == "8.5.1"
     for adapter in ("2.13.0", "2.13.0.post1"):
         assert ascend.find_cure("2.13.0+cpu", adapter, "8.5.0") == ""
     for adapter in (None, "2.12.0", "2.13.01"):

@@ -14,10 +14,10 @@ import torch
 from torch.distributed.elastic.multiprocessing import ProcessFailure
 
 from mmdist import ascend, backend, cli
-from mmdist.agent import report
+from mmdist.agent import report, run_agent
 from mmdist.ascend import CHIPS, check_cards, explain_import
-from mmdist.config import HardwareConfig, UserError
-from mmdist.hccl import OBSOLETE, PORT_COUNT, hccl_environment, obsolete_variables
+from mmdist.config import HardwareConfig, LauncherConfig, UserError
+from mmdist.hccl import OBSOLETE, PORT_COUNT, check_ports, hccl_environment, obsolete_variables
 
 DUO = CHIPS["310p"]
 
@@ -176,15 +176,62 @@ def test_a_word_about_obsolete_variables(monkeypatch: Any) -> None:
     assert obsolete_variables() == ["ATB_CONVERT_NCHW_TO_ND is passed on, but is obsolete: nothing in MindIE reads it"]
 
 
+def failed(folder: Path, rank: int, text: str, at: int) -> ProcessFailure:
+    """A rank that left its error where the agent looks."""
+    found = ProcessFailure(local_rank=rank, pid=10 + rank, exitcode=1, error_file=str(folder / "none"))
+    found.message, found.timestamp = {"message": text, "extraInfo": {"py_callstack": ""}}, at
+    return found
+
+
 def test_the_first_cause_and_not_a_socket_that_timed_out(capsys: Any, tmp_path: Path) -> None:
     """Rank 0 only noticed that rank 1 was gone, and said so first."""
-
-    def failure(rank: int, text: str, at: int) -> ProcessFailure:
-        found = ProcessFailure(local_rank=rank, pid=1, exitcode=1, error_file=str(tmp_path / "none"))
-        found.message, found.timestamp = {"message": text, "extraInfo": {"py_callstack": ""}}, at
-        return found
-
-    lost = failure(0, "RuntimeError: EI0006: Getting socket times out. HCCL function error: HcclAllReduce", 1)
-    cause = failure(1, "RuntimeError: NPU out of memory. Tried to allocate 2.00 GiB", 2)
+    lost = failed(tmp_path, 0, "RuntimeError: EI0006: Getting socket times out. HCCL function error: HcclAllReduce", 1)
+    cause = failed(tmp_path, 1, "RuntimeError: NPU out of memory. Tried to allocate 2.00 GiB", 2)
     assert report({0: lost, 1: cause}) == 1
     assert "rank 1 failed: RuntimeError: NPU out of memory" in capsys.readouterr().err
+
+
+RANKS = """
+import os, signal, sys, time
+from pathlib import Path
+
+if os.environ["RANK"] == "1":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Path(sys.argv[1]).touch()
+    time.sleep(60)
+while not Path(sys.argv[1]).exists():
+    time.sleep(0.05)
+sys.exit(7)
+"""
+
+
+def test_a_rank_that_the_agent_had_to_kill_is_no_cause(capfd: Any, tmp_path: Path) -> None:
+    """Rank 1 does not hear SIGTERM, as one that hangs in a driver; rank 0 chose its exit code."""
+    assert run_agent([sys.executable, "-c", RANKS, str(tmp_path / "ready")], 2, LauncherConfig(), 1) == 7
+    assert "killed" not in capfd.readouterr().err
+
+
+def test_a_rank_that_someone_killed_is_the_cause(capsys: Any, tmp_path: Path) -> None:
+    lost = failed(tmp_path, 0, "RuntimeError: EI0002: HcclAllReduce", 1)
+    killed = ProcessFailure(local_rank=1, pid=11, exitcode=-9, error_file="none")
+    assert report({0: lost, 1: killed}) == 1
+    assert "rank 1 was killed by SIGKILL (pid 11)" in capsys.readouterr().err
+    assert report({0: lost, 1: killed}, stopped={11}) == 1
+    assert "rank 0 failed: RuntimeError: EI0002" in capsys.readouterr().err
+
+
+def test_the_ports_of_torchrun_are_its_users(monkeypatch: Any) -> None:
+    """Looked at by one rank of the machine; under our agent they are locked for the job already."""
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MMDIST_AGENT", raising=False)
+    with socket.socket() as program:
+        program.bind(("", 0))
+        monkeypatch.setenv("HCCL_IF_BASE_PORT", str(program.getsockname()[1] - 3))
+        with pytest.raises(UserError, match=r"some are in use .*; export HCCL_IF_BASE_PORT=PORT, 16 free ones"):
+            check_ports()
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # on several machines another rank may be further
+        check_ports()
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        monkeypatch.setenv("MMDIST_AGENT", "1")
+        check_ports()

@@ -37,8 +37,8 @@ def find_cure(torch_version: str, adapter: str | None, toolkit: str | None) -> s
 
 
 def find_cann(toolkit: Path) -> str | None:
-    """The version that CANN's installer left in the toolkit's folder."""
-    for path in sorted(toolkit.glob("*/ascend_toolkit_install.info")):
+    """The version that CANN's installer left in the toolkit's folder, or in one of its parts, as torch_npu has it."""
+    for path in (path for part in ("toolkit", "*") for path in sorted(toolkit.glob(f"*/ascend_{part}_install.info"))):
         found = re.search(r"^version=(\S+)", path.read_text(), re.MULTILINE)
         if found:
             return found[1]

@@ -26,7 +26,7 @@ from mmdist.doctor.finding import Finding
 from mmdist.shipped import PACKAGE
 from mmdist.tp import TP, init_tp
 
-TIMEOUT_S = 60  # ranks that have not met by then never will
+TIMEOUT_S = 100  # ranks that have not met by then never will; HCCL reports after 68
 SECONDS = 0.5  # for each of the sizes
 SMALL, LARGE = 8 << 10, 16 << 20  # bytes: about what a layer reduces for one token, and for a long prompt
 RANK = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); from mmdist.doctor.exchange import be_rank; be_rank()"

@@ -10,7 +10,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ PROGRAMS = Path(__file__).parent / "programs"
 LAUNCH = [sys.executable, str(REPOSITORY / "launch.py")]
 HARDWARE = {"Ascend310P3": "300i_duo", "Ascend910B3": "800i_a2"}
 Run = Callable[..., subprocess.CompletedProcess]
+Start = Callable[..., AbstractContextManager[subprocess.Popen]]
 
 
 @pytest.fixture(params=list(HARDWARE))
@@ -42,11 +44,31 @@ def run_on_npu(toolkit: Path) -> Run:
     """run_on_npu(command, soc, devices=None, **env): a program on emulated chips."""
 
     def run_on_chips(command: list[str], soc: str, devices: int | None = None, **env: str) -> Any:
-        ours = emulated_environment(toolkit, soc, devices) | {"HCCL_IF_BASE_PORT": str(free_ports()), **env}
-        inherited = {key: value for key, value in os.environ.items() if key != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
-        return subprocess.run(command, capture_output=True, text=True, timeout=240, env={**inherited, **ours})
+        whole = npu_environment(toolkit, soc, devices, **{"HCCL_IF_BASE_PORT": str(free_ports()), **env})
+        return subprocess.run(command, capture_output=True, text=True, timeout=240, env=whole)
 
     return run_on_chips
+
+
+@pytest.fixture
+def start_on_npu(toolkit: Path) -> Start:
+    """start_on_npu(command, soc, **env): the same, started and at the end killed; the launcher chooses the ports."""
+
+    @contextmanager
+    def start(command: list[str], soc: str, **env: str) -> Iterator[subprocess.Popen]:
+        whole, pipe = npu_environment(toolkit, soc, **env), subprocess.PIPE
+        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=whole) as job:
+            try:
+                yield job
+            finally:
+                job.kill()  # which ends its ranks
+
+    return start
+
+
+def npu_environment(toolkit: Path, soc: str, devices: int | None = None, **env: str) -> dict[str, str]:
+    inherited = {key: value for key, value in os.environ.items() if key != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
+    return inherited | emulated_environment(toolkit, soc, devices) | env
 
 
 def free_ports(count: int = 16) -> int:

@@ -3,6 +3,7 @@
 //
 // EMULATED_SOC       Ascend310P3 (two devices, the chips of one 300I DUO) or Ascend910B3 (eight, an 800I A2)
 // EMULATED_DEVICES   another number of devices: 4 is two 300I DUO cards
+// EMULATED_FAULT     as 1:/tmp/now: operators of device 1 fail once there is such a file; synchronising its stream says so
 // ASCEND_RT_VISIBLE_DEVICES is honoured as CANN does: ranks see the devices it names, counted from 0.
 #define _GNU_SOURCE
 #include <acl/acl_rt.h>
@@ -17,7 +18,7 @@
 
 #include "emulated.h"
 
-enum { OK = 0, NO_DEVICE = 107001, NO_MEMORY = 207001, PAGE = 512, MAX_PIECES = 65536 };
+enum { OK = 0, NO_DEVICE = 107001, NO_MEMORY = 207001, AICORE_EXCEPTION = 507015, PAGE = 512, MAX_PIECES = 65536 };
 typedef struct { char *start; size_t bytes; int used; } Piece;
 typedef struct { struct timespec recorded; } Event;
 
@@ -223,8 +224,15 @@ aclError aclrtGetStreamOverflowSwitch(aclrtStream stream, uint32_t *flag) { retu
 aclError aclrtSetStreamAttribute(aclrtStream stream, aclrtStreamAttr attribute, aclrtStreamAttrValue *value) { return OK; }
 aclError aclrtStreamGetId(aclrtStream stream, int32_t *id) { return *id = 1, OK; }
 aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus *status) { return *status = ACL_STREAM_STATUS_COMPLETE, OK; }
-aclError aclrtSynchronizeStream(aclrtStream stream) { return OK; }
-aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t timeout) { return OK; }
+
+aclError aclrtSynchronizeStream(aclrtStream stream) {
+  const char *fault = getenv("EMULATED_FAULT"), *path = fault ? strchr(fault, ':') : NULL;
+  if (!path || atoi(fault) != current_device || access(path + 1, F_OK)) return OK;
+  emulated_error("EZ9999: the error from device(chipId:%d): the aicore execution is abnormal", current_device);
+  return AICORE_EXCEPTION;
+}
+
+aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t timeout) { return aclrtSynchronizeStream(stream); }
 aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) { return OK; }
 aclError aclrtSubscribeReport(uint64_t thread, aclrtStream stream) { return OK; }
 aclError aclrtUnSubscribeReport(uint64_t thread, aclrtStream stream) { return OK; }

@@ -1,7 +1,8 @@
 // libhccl.so: collectives between processes of one machine over shared memory, within the documented limits of each chip
 // (the HCCL API reference, chapters HcclAllReduce, HcclAllGather, HcclBroadcast and HcclReduceScatter). As there, a rank
-// holds HCCL_IF_BASE_PORT + its device while it communicates, connecting ends after HCCL_CONNECT_TIMEOUT seconds and a
-// collective after HCCL_EXEC_TIMEOUT. Unlike there, ranks that ask for different things are told so.
+// holds HCCL_IF_BASE_PORT + its device while it communicates, connecting ends after HCCL_CONNECT_TIMEOUT seconds (EI0006)
+// and a collective after HCCL_EXEC_TIMEOUT (EI0002), whatever became of the rank that is missed. Unlike there, ranks that
+// ask for different things are told so.
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -46,7 +47,7 @@ static int seconds(const char *name, int fallback) {
   return value && *value ? atoi(value) : fallback;
 }
 
-static int meet(Comm *comm, int timeout_s, const char *what) {
+static int meet(Comm *comm, int timeout_s, const char *code, const char *what) {
   struct timespec until;
   clock_gettime(CLOCK_REALTIME, &until);
   until.tv_sec += timeout_s;
@@ -64,7 +65,7 @@ static int meet(Comm *comm, int timeout_s, const char *what) {
   int missing = (int)comm->size - (int)meeting->arrived, met = meeting->generation != generation;
   pthread_mutex_unlock(&meeting->lock);
   if (met) return SUCCESS;
-  emulated_error("EI0006: rank %u: %s timed out after %d s, %d ranks missing", comm->rank, what, timeout_s, missing);
+  emulated_error("%s: rank %u: %s timed out after %d s, %d ranks missing", code, comm->rank, what, timeout_s, missing);
   return E_TIMEOUT;
 }
 
@@ -129,7 +130,7 @@ int HcclCommInitRootInfo(uint32_t size, const char *root, uint32_t rank, void **
   if (rank == 0) init_meeting(comm->meeting);
   for (int waited = 0; !__atomic_load_n(&comm->meeting->ready, __ATOMIC_ACQUIRE) && waited < timeout_s * 1000; waited++)
     usleep(1000);
-  int met = comm->meeting->ready ? meet(comm, timeout_s, "connecting") : E_TIMEOUT;
+  int met = comm->meeting->ready ? meet(comm, timeout_s, "EI0006", "connecting") : E_TIMEOUT;
   if (rank == 0) shm_unlink(comm->name);
   if (!met && num_comms < 64) comms[num_comms++] = comm;
   *out = comm;
@@ -176,7 +177,7 @@ static int check(const Call *call, int reduces, const void *from, const void *to
 // All ranks are here and have put their data down; they must have called the same.
 static int agree(Comm *comm, const Call *mine) {
   comm->calls[comm->rank] = *mine;
-  int met = meet(comm, seconds("HCCL_EXEC_TIMEOUT", 1836), mine->name);
+  int met = meet(comm, seconds("HCCL_EXEC_TIMEOUT", 1836), "EI0002", mine->name);
   if (met) return met;
   for (uint32_t i = 0; i < comm->size; i++) {
     Call *other = &comm->calls[i];
@@ -191,7 +192,7 @@ static int agree(Comm *comm, const Call *mine) {
   return SUCCESS;
 }
 
-static int part(Comm *comm) { return meet(comm, seconds("HCCL_EXEC_TIMEOUT", 1836), "a collective"); }
+static int part(Comm *comm) { return meet(comm, seconds("HCCL_EXEC_TIMEOUT", 1836), "EI0002", "a collective"); }
 
 // ---- arithmetic: rounded after every rank, as a reduction in memory of the type is
 
