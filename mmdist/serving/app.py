@@ -20,6 +20,7 @@ from mmdist.serving.access import RequestId
 from mmdist.serving.errors import ServeError
 from mmdist.serving.formats import mindie, openai, tgi, triton, vlmo
 from mmdist.serving.guard import Guard
+from mmdist.serving.page import routes as page
 from mmdist.serving.service import Service
 
 TITLE = "mmdist"
@@ -37,7 +38,7 @@ def create_app(service: Service, api_keys: list[str]) -> FastAPI:
 
     app = FastAPI(title=TITLE, lifespan=lifespan, docs_url=None, redoc_url=None)  # their pages load from elsewhere
     app.state.service = service
-    for module in (health, *FORMATS):
+    for module in (health, page, *FORMATS):
         app.include_router(module.router)
     server = service.config.server
     for kind in (ServeError, UserError, RequestValidationError, HTTPException, Exception):

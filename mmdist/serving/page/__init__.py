@@ -1,0 +1,1 @@
+"""The page to chat on at /: static files that ask this server alone."""
