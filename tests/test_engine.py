@@ -14,7 +14,7 @@ from mmdist.engine.blocks import BlockManager
 from mmdist.engine.detokenizer import Detokenizer
 from mmdist.engine.engine import Engine
 from mmdist.engine.request import Request, Sequence
-from mmdist.engine.sampler import Scores, likeliest, logprobs_entry, penalize, probabilities, sample
+from mmdist.engine.sampler import Scores, logprobs_entry, sample
 from mmdist.engine.scheduler import Scheduler
 from mmdist.models.base import Prompt
 
@@ -200,28 +200,6 @@ def test_cache_too_small_for_one_request(mistral: Case) -> None:
 def sequence(params: SamplingParams, length: int = 4) -> Sequence:
     request = Request("r", Prompt(list(range(length))), params)
     return Sequence(request, Detokenizer(str, []), 1000)
-
-
-def test_sampler_against_transformers() -> None:
-    """Same distribution as transformers' logits processors: penalty, temperature, top_k, top_p, in that order."""
-    from transformers.generation.logits_process import (
-        RepetitionPenaltyLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
-
-    torch.manual_seed(0)
-    for top_k, top_p in ((0, 0.7), (5, 1.0), (20, 0.5), (0, 1.0), (3, 0.99)):
-        logits, seen = torch.randn(100) * 3, torch.randint(0, 100, (10,))
-        params = SamplingParams(temperature=0.7, top_k=top_k, top_p=top_p)
-        values, ids = likeliest(penalize(logits, seen, 1.3), params)
-        ours = torch.zeros(100).index_copy(0, ids, probabilities(values, params))
-        theirs = RepetitionPenaltyLogitsProcessor(1.3)(seen[None], logits[None].clone())
-        theirs = TemperatureLogitsWarper(0.7)(seen[None], theirs)
-        theirs = TopKLogitsWarper(top_k)(seen[None], theirs) if top_k else theirs
-        theirs = TopPLogitsWarper(top_p)(seen[None], theirs) if top_p < 1 else theirs
-        torch.testing.assert_close(ours, theirs[0].softmax(-1))
 
 
 def test_sampled_frequencies() -> None:

@@ -18,8 +18,9 @@ from static_model import Network, Sampling, StaticModel
 
 from mmdist.config import SamplingParams, UserError
 from mmdist.engine.engine import Engine
+from mmdist.engine.logits_processors import LogitsProcessors
 from mmdist.engine.request import Request
-from mmdist.engine.sampler import likeliest, penalize, probabilities
+from mmdist.engine.sampler import likeliest, probabilities
 from mmdist.media import load_image
 from mmdist.models.base import Prompt
 from mmdist.tasks.requests import user_message
@@ -159,8 +160,8 @@ def test_temperature_top_p_and_penalty_do_what_they_say(
     model.choose(logits, sampling, Draw())  # type: ignore[arg-type]
     scores = torch.from_numpy(logits[0])
     recent = model.tokens[-last_n:] if last_n else []
-    params = SamplingParams(temperature=temperature, top_p=top_p, top_k=50)
-    best, ids = likeliest(penalize(scores, torch.tensor(recent, dtype=torch.long), penalty), params)
+    params = SamplingParams(temperature=temperature, top_p=top_p, top_k=50, repetition_penalty=penalty)
+    best, ids = likeliest(LogitsProcessors(params, recent).apply(scores, []), params)
     wanted = dict(zip(ids.tolist(), probabilities(best, params).tolist(), strict=True))
     assert drawn[0].keys() == wanted.keys()
     assert [drawn[0][i] for i in wanted] == pytest.approx([wanted[i] for i in wanted], abs=1e-6)

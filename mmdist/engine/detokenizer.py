@@ -92,10 +92,12 @@ class Detokenizer:
 
 
 def build_detokenizer(processor: Processor, params: SamplingParams) -> Detokenizer:
+    """The family's own end is a text, which JSON may have too: there the grammar decides."""
+    guided = params.json_schema is not None or params.regex is not None
     return Detokenizer(
         partial(processor.decode, skip_special_tokens=params.skip_special_tokens),
         params.stop,
-        () if params.ignore_eos else processor.stop,
+        () if params.ignore_eos or guided else processor.stop,
         include_stop=params.include_stop_str_in_output,
         joined=processor.joined,
     )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from mmdist.config import EngineConfig, UserError
+from mmdist.config import EngineConfig, SamplingParams, UserError
 from mmdist.engine.record import Recorder, list_stages
 from mmdist.engine.request import Output, Request, failed
 from mmdist.kernels.kernels import Kernels
@@ -22,7 +22,11 @@ from mmdist.models.base import EncoderModel, Processor, Prompt
 from mmdist.spans import Spans
 from mmdist.tp import TP
 
+# What shapes a text, of which there is none: answers come from a list.
+NOT_TAKEN = ("repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "typical_p", "min_p",
+             "min_new_tokens", "stop_token_ids", "json_schema", "regex")  # fmt: skip
 DEFAULT_TOP = 5  # answers named when top_k does not say how many
+DEFAULTS = SamplingParams()
 log = logging.getLogger("mmdist.encoder")
 
 
@@ -89,6 +93,7 @@ class EncoderEngine:
     def add(self, request: Request) -> None:
         """Queue a request; UserError where the checkpoint answers none, or has no use for this one."""
         self.check_answers()
+        self.check_params(request.params)
         self.model.kind(request.prompt)
         self.waiting[request.id] = request
 
@@ -118,6 +123,7 @@ class EncoderEngine:
         by_kind: dict[str, list[Request]] = {}
         for request in requests:
             try:
+                self.check_params(request.params)
                 by_kind.setdefault(self.model.kind(request.prompt), []).append(request)
             except UserError as error:
                 yield failed(request.id, request.prompt.token_ids, str(error))
@@ -127,6 +133,13 @@ class EncoderEngine:
                 self.recorder.take_batch([request.id for request in group], scores)
             for request, row in zip(group, scores, strict=True):
                 yield self._choose(request, row)
+
+    def check_params(self, params: SamplingParams) -> None:
+        """UserError for what makes no sense here; max_new_tokens and the like just never matter."""
+        for name in NOT_TAKEN:
+            value = getattr(params, name)
+            if value != getattr(DEFAULTS, name):
+                raise UserError(f"{name}={value}: this model chooses one answer of a list; leave it out")
 
     def _choose(self, request: Request, scores: torch.Tensor) -> Answer:
         """scores: (answers,)"""

@@ -13,15 +13,17 @@ import torch
 from torch.nn import Module
 
 from mmdist.config import EngineConfig, SamplingParams, UserError
+from mmdist.engine.advance import advance
 from mmdist.engine.batch import Batch, Scheduled, build_batch, image_embeds, take_memories
 from mmdist.engine.blocks import BlockManager
 from mmdist.engine.cache import PagedCache, cache_shape
 from mmdist.engine.detokenizer import build_detokenizer
+from mmdist.engine.grammar import Grammars
 from mmdist.engine.pictures import PictureEncoder
 from mmdist.engine.record import Recorder, list_stages
 from mmdist.engine.request import Output, Request, Sequence, failed
 from mmdist.engine.runner import Runner
-from mmdist.engine.sampler import Scores, logprobs_entry, num_candidates, sample
+from mmdist.engine.sampler import Scores, num_candidates
 from mmdist.engine.scheduler import Scheduler
 from mmdist.kernels.kernels import Kernels
 from mmdist.models.base import MultimodalModel, Processor
@@ -53,6 +55,7 @@ class Engine:
         self.scheduler = Scheduler(config, blocks, self.pictures.cache)
         self.sequences: dict[str, Sequence] = {}
         self.recorder: Recorder | None = None
+        self.grammars = Grammars(None if processor is None else processor.tokenizer, eos_token_ids)
 
     def add(self, request: Request) -> None:
         """Queue a request; UserError when it cannot fit or its id is taken."""
@@ -64,15 +67,37 @@ class Engine:
             )
         if request.id in self.sequences:
             raise UserError(f"id {request.id} is given twice; ids must differ")
-        refuse_unknown(request.params)
         pictures = request.prompt.memory_pictures
         if pictures > self.scheduler.config.max_pictures:
             raise UserError(f"{pictures} pictures, engine.max_pictures={self.scheduler.config.max_pictures}; raise it")
         max_tokens = min(length + request.params.max_new_tokens, self.max_model_len)
-        detokenizer = build_detokenizer(self.prompts, request.params)
-        sequence = Sequence(request, detokenizer, max_tokens, self.pictures.list(request.prompt))
+        self.check_params(request.params)
+        sequence = Sequence(
+            request,
+            build_detokenizer(self.prompts, request.params),
+            max_tokens,
+            self.pictures.list(request.prompt),
+            end_ids=self._end_ids(request.params),
+            grammar=self.grammars.begin(request.params),
+        )
         self.sequences[request.id] = sequence
         self.scheduler.add(sequence)
+
+    def check_params(self, params: SamplingParams) -> None:
+        """UserError for what this checkpoint cannot follow. From any thread: add() compiles no grammar again then."""
+        ids = [*params.stop_token_ids, *params.logit_bias]
+        if ids and max(ids) >= self.vocab_size:
+            last = self.vocab_size - 1
+            raise UserError(f"stop_token_ids, logit_bias: the vocabulary ends before token {max(ids)}, at {last}")
+        self.grammars.begin(params)
+
+    def _end_ids(self, params: SamplingParams) -> set[int]:
+        return {*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)}
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that can be written."""
+        return self.model.lm_head.vocab_size
 
     @property
     def model(self) -> MultimodalModel:
@@ -126,7 +151,7 @@ class Engine:
         for item in scheduled:
             self.encode_pictures(item)
         batch = build_batch(scheduled, self.scheduler.running)
-        batch.candidates = [num_candidates(item.sequence.request.params) for item in scheduled if item.samples]
+        batch.candidates = [num_candidates(item.sequence) for item in scheduled if item.samples]
         memories = take_memories(scheduled, batch)
         with self.spans("broadcast"):
             self.tp.broadcast_object(batch)
@@ -190,64 +215,11 @@ class Engine:
         for item in scheduled:
             item.sequence.num_computed = item.stop
             self.scheduler.blocks.note_computed(item.sequence)
-        return [self._advance(sequence, own) for sequence, own in zip(sampled, scores, strict=True)]
-
-    def _advance(self, sequence: Sequence, scores: Scores) -> Output:
-        """Sample a sequence's next token and say what is new."""
-        params = sequence.request.params
-        with self.spans("sample"):
-            token_id = sample(scores, sequence)
-        entry = None if params.logprobs is None else logprobs_entry(scores.logits, token_id, params.logprobs)
-        if entry is not None:
-            sequence.logprobs.append(entry)
-        sequence.output_ids.append(token_id)
-        with self.spans("detokenise"):
-            reason, stop_reason = self._end(sequence, token_id)
-            delta = sequence.detokenizer.take(finished=reason is not None)
-        if reason is not None:
-            self.abort(sequence.request.id)
-        return Output(
-            id=sequence.request.id,
-            delta=delta,
-            text=sequence.detokenizer.text,
-            prompt_token_ids=sequence.request.prompt.token_ids,
-            token_ids=sequence.output_ids,
-            logprobs=None if entry is None else sequence.logprobs,
-            finish_reason=reason,
-            token_id=token_id,
-            logprob=entry,
-            num_tokens=len(sequence.output_ids),
-            stop_reason=stop_reason,
-            num_cached_tokens=sequence.num_cached_tokens or 0,
-        )
-
-    def _end(self, sequence: Sequence, token_id: int) -> tuple[str | None, str | int | None]:
-        """finish_reason and stop_reason; the text of an end-of-sequence or stop token is left out, unless asked for."""
-        params, detokenizer = sequence.request.params, sequence.detokenizer
-        eos = token_id in self.eos_token_ids and not params.ignore_eos
-        ended = eos or token_id in params.stop_token_ids
-        full = sequence.num_tokens >= sequence.max_tokens
-        stopped = (not ended or params.include_stop_str_in_output) and detokenizer.push(token_id)
-        if not stopped and (ended or full):
-            stopped = detokenizer.finish()
-        if stopped:
-            return "stop", detokenizer.stop_reason
-        if ended:
-            return "stop", None if eos else token_id
-        return "length" if full else None, None
-
-
-def refuse_unknown(params: SamplingParams) -> None:
-    defaults = SamplingParams(max_new_tokens=params.max_new_tokens)
-    for name in (
-        "min_p",
-        "typical_p",
-        "frequency_penalty",
-        "presence_penalty",
-        "logit_bias",
-        "min_new_tokens",
-        "json_schema",
-        "regex",
-    ):
-        if getattr(params, name) != getattr(defaults, name):
-            raise UserError(f"{name}: not there yet; leave it out")
+        outputs = [
+            advance(sequence, own, self.eos_token_ids, self.spans)
+            for sequence, own in zip(sampled, scores, strict=True)
+        ]
+        for output in outputs:
+            if output.finish_reason is not None:
+                self.abort(output.id)
+        return outputs

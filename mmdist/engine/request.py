@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from bisect import bisect_left
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 
 from mmdist.config import SamplingParams
 from mmdist.engine.detokenizer import Detokenizer
+from mmdist.engine.grammar import Grammar
+from mmdist.engine.logits_processors import LogitsProcessors
 from mmdist.models.base import Prompt
 
 
@@ -86,6 +89,9 @@ class Sequence:
     detokenizer: Detokenizer
     max_tokens: int  # of prompt and answer together
     pictures: list[Picture] = field(default_factory=list)
+    end_ids: Set[int] = frozenset()  # tokens that end the answer
+    grammar: Grammar | None = None
+    processors: LogitsProcessors = field(init=False)
     generator: torch.Generator = field(init=False)
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[dict] = field(default_factory=list)
@@ -97,7 +103,9 @@ class Sequence:
     remembered: bool = False  # the ranks hold what its layers look at
 
     def __post_init__(self) -> None:
-        seed = self.request.params.seed
+        params, prompt = self.request.params, self.request.prompt
+        self.processors = LogitsProcessors(params, prompt.token_ids, self.end_ids, self.grammar)
+        seed = params.seed
         self.generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
 
     @property

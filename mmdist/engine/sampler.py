@@ -6,6 +6,7 @@ Equal logits are taken in the order of their ids, so that the world size changes
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +27,10 @@ class Scores:
     ids: torch.Tensor | None = None
 
 
-def num_candidates(params: SamplingParams) -> int:
-    """How many of the likeliest tokens are enough to choose from; 0: it takes the whole vocabulary."""
-    if params.logprobs is not None or params.repetition_penalty != 1.0:
+def num_candidates(sequence: Sequence) -> int:
+    """How many of the likeliest tokens are enough to choose the next from; 0: it takes the whole vocabulary."""
+    params = sequence.request.params
+    if params.logprobs is not None or sequence.processors.change(len(sequence.output_ids)):
         return 0
     if params.temperature == 0:
         return 1
@@ -36,22 +38,13 @@ def num_candidates(params: SamplingParams) -> int:
 
 
 def sample(scores: Scores, sequence: Sequence) -> int:
-    """The next token id. The order of the steps is vLLM's and transformers'."""
+    """The next token id. The order of the steps is vLLM's."""
     params, logits, ids = sequence.request.params, scores.logits, scores.ids
-    if params.repetition_penalty != 1.0:
-        logits = penalize(logits, torch.tensor(sequence.tokens(0, sequence.num_tokens)), params.repetition_penalty)
     if ids is None:
-        logits, ids = likeliest(logits, params)
+        logits, ids = likeliest(sequence.processors.apply(logits, sequence.output_ids), params)
     if params.temperature == 0:
         return int(ids[0])
     return int(ids[torch.multinomial(probabilities(logits, params), 1, generator=sequence.generator)])
-
-
-def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    """CTRL's repetition penalty (arXiv:1909.05858): positive logits divided, negative ones multiplied."""
-    seen = seen[seen < len(logits)]  # <|image|> of some families can be read, not written
-    values = logits[seen]
-    return logits.index_put((seen,), torch.where(values > 0, values / penalty, values * penalty))
 
 
 def likeliest(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,13 +57,28 @@ def likeliest(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tenso
 
 
 def probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """After temperature, and without all but the likeliest tokens that hold top_p of the probability."""
+    """After temperature, min_p, top_p and typical_p, each of which takes tokens away."""
     logits = logits / params.temperature
+    if params.min_p > 0:
+        logits = logits.masked_fill(logits < logits.max() + math.log(params.min_p), -torch.inf)
     if params.top_p < 1:
         ordered, order = logits.sort(descending=True, stable=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
         logits = logits.index_fill(0, order[before >= params.top_p], -torch.inf)
+    if params.typical_p < 1:
+        logits = keep_typical(logits, params.typical_p)
     return logits.softmax(-1)
+
+
+def keep_typical(logits: torch.Tensor, mass: float) -> torch.Tensor:
+    """Locally typical sampling (arXiv:2202.00666): the tokens whose information is nearest to the entropy, as many as
+    hold `mass` of the probability; the rest is -inf."""
+    logprobs = logits.log_softmax(-1)
+    entropy = -(logprobs * logprobs.exp()).nansum()
+    distance = (entropy + logprobs).abs()
+    ordered, order = distance.sort(stable=True)
+    last = int((logprobs[order].exp().cumsum(-1) < mass).sum())
+    return logits.masked_fill(distance > ordered[min(last, len(ordered) - 1)], -torch.inf)
 
 
 def logprobs_entry(logits: torch.Tensor, token_id: int, count: int) -> dict:

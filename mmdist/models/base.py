@@ -45,6 +45,7 @@ class Prompt:
 class Processor(ABC):
     """Rank 0's door between people and tokens; a family implements it with transformers' processor."""
 
+    tokenizer: Any  # transformers', tokenizers' or sentencepiece's, with the names of tokens
     stop: Sequence[str] = ()  # texts that end this family's answers
     placeholder: str = ""  # what stands for a picture in raw text; empty where a text does not show its picture
     takes_video: bool = False  # prompt() then also has videos=, each a list of PIL frames

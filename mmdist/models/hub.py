@@ -21,8 +21,8 @@ class HubProcessor(Processor):
 
     def __init__(self, processor: Any, folder: Path, options: ModelConfig):
         self.processor, self.folder = processor, folder
-        self.placeholder = processor.image_token
-        self.joined = find_bytes(processor.tokenizer)
+        self.placeholder, self.tokenizer = processor.image_token, processor.tokenizer
+        self.joined = find_bytes(self.tokenizer)
         if options.chat_template is not None:
             processor.chat_template = read_template(Path(options.chat_template))
 
@@ -46,7 +46,7 @@ class HubProcessor(Processor):
 
     def inputs(self, text: str, images: Sequence[Any]) -> dict[str, Any]:
         """The processor's tensors, input_ids (a list) among them."""
-        bos = self.processor.tokenizer.bos_token
+        bos = self.tokenizer.bos_token
         special = not (bos and text.startswith(bos))  # the template wrote it already
         inputs = self.processor(
             text=[text], images=list(images) or None, return_tensors="pt", add_special_tokens=special
@@ -65,7 +65,7 @@ class HubProcessor(Processor):
             raise UserError(f"messages: the chat template refuses them: {error}") from error
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
-        return self.processor.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
 
 def find_bytes(tokenizer: Any) -> frozenset[int]:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.models.mllama import processing_mllama
 
 from mmdist.backend import find_device
-from mmdist.config import Config, UserError
+from mmdist.config import Config, SamplingParams, UserError
 from mmdist.engine.cache import cache_shape
 from mmdist.engine.detokenizer import build_detokenizer
 from mmdist.engine.load import find_checkpoint, find_eos, open_model
@@ -83,6 +83,11 @@ def check_family(config: Config) -> None:
             )
 
 
+DEFAULTS = SamplingParams()
+LACKING = ("frequency_penalty", "presence_penalty", "logit_bias", "min_new_tokens", "stop_token_ids", "json_schema",
+           "regex")  # fmt: skip
+
+
 class TransformersEngine:
     def __init__(self, config: Config):
         """config: of a job on one rank."""
@@ -108,15 +113,16 @@ class TransformersEngine:
     def generate(self, requests: Iterable[Request]) -> Iterator[Output]:
         """The last output of each request."""
         for request in requests:
-            length = len(request.prompt.token_ids)
-            if length >= self.max_model_len:
-                yield failed(
-                    request.id,
-                    request.prompt.token_ids,
-                    f"the prompt has {length} tokens, engine.max_model_len={self.max_model_len} must be larger",
-                )
-            else:
-                yield self.answer(request)
+            problem = self.find_problem(request)
+            yield failed(request.id, request.prompt.token_ids, problem) if problem else self.answer(request)
+
+    def find_problem(self, request: Request) -> str:
+        """Why transformers cannot answer as our engine would; empty where it can."""
+        length, params = len(request.prompt.token_ids), request.params
+        if length >= self.max_model_len:
+            return f"the prompt has {length} tokens, engine.max_model_len={self.max_model_len} must be larger"
+        lacks = [name for name in LACKING if getattr(params, name) != getattr(DEFAULTS, name)]
+        return f"{lacks[0]}={getattr(params, lacks[0])}: not with reference=transformers; leave it out" if lacks else ""
 
     @torch.inference_mode()
     def answer(self, request: Request) -> Output:
@@ -141,9 +147,11 @@ class TransformersEngine:
     def finish(self, request: Request, eos: list[int], token_ids: list[int], logits: list[torch.Tensor]) -> Output:
         """Cut at the first stop text, as our engine does."""
         detokenizer = build_detokenizer(self.prompts, request.params)
-        stopped = next((i for i, token_id in enumerate(token_ids, 1) if detokenizer.push(token_id)), None)
+        ended = token_ids[-1] in eos
+        said = token_ids[:-1] if ended and not request.params.include_stop_str_in_output else token_ids
+        stopped = next((i for i, token_id in enumerate(said, 1) if detokenizer.push(token_id)), None)
         token_ids = token_ids[:stopped]
-        stopped = detokenizer.finish() or stopped or token_ids[-1] in eos
+        stopped = stopped or detokenizer.finish() or ended
         rows = [row[0].float().cpu() for row in logits[: len(token_ids)]]
         if self.recorder is not None:
             self.record(self.recorder, request.id, rows)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmdist.config import SamplingParams, UserError
-from mmdist.engine.sampler import likeliest, penalize, probabilities
+from mmdist.engine.logits_processors import LogitsProcessors
+from mmdist.engine.sampler import likeliest, probabilities
 from mmdist.kernels import plain
 from mmdist.kernels.kernels import PLAIN
 from mmdist.layers.attention import Context
@@ -114,8 +115,8 @@ def check_heads(part: str, networks: Networks, reference: Reference, random: tor
     seen = torch.randint(s.vocab_size, (1, s.seq_length), generator=random, dtype=torch.int32)
     settings = torch.tensor([0.8, 0.7, 1.3])  # top_p, temperature, penalty
     probs, tokens = networks["penalty_sample_head"](logits, seen, *settings.split(1))
-    params = SamplingParams(temperature=0.7, top_p=0.8, top_k=probs.shape[1])
-    best, ids = likeliest(penalize(logits[0], seen[0].long(), 1.3), params)
+    params = SamplingParams(temperature=0.7, top_p=0.8, top_k=probs.shape[1], repetition_penalty=1.3)
+    best, ids = likeliest(LogitsProcessors(params, seen[0].tolist()).apply(logits[0], []), params)
     compare("penalty_sample_head", torch.zeros(s.vocab_size).scatter(0, tokens[0], probs[0]),
             torch.zeros(s.vocab_size).scatter(0, ids, probabilities(best, params)))  # fmt: skip
 
