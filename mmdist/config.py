@@ -188,8 +188,10 @@ class EngineConfig:
         8, "most pictures remembered at once, in families whose layers look at them (mllama, llama_adapter)"
     )
     max_num_batched_tokens: int = key(2048, "most tokens in one step; longer prompts are prefilled in chunks")
-    max_prefill_tokens_beside_decode: int = key(
-        256, "most tokens of prompts in a step in which other requests' answers go on, and stand still for as long"
+    max_prefill_tokens_beside_decode: int | None = key(
+        None,
+        "most tokens of prompts in a step in which other requests' answers go on, and stand still for as long; "
+        "default: 128 on a CPU, else 512",
     )
     prefix_cache: bool = key(
         True, "keep what was computed of prompts and answers, for requests that begin alike (task=performance: false)"

@@ -13,6 +13,7 @@ from mmdist.engine.batch import Scheduled
 from mmdist.engine.blocks import BlockManager
 from mmdist.engine.detokenizer import Detokenizer
 from mmdist.engine.engine import Engine
+from mmdist.engine.pictures import EmbeddingCache
 from mmdist.engine.request import Request, Sequence
 from mmdist.engine.sampler import Scores, logprobs_entry, sample
 from mmdist.engine.scheduler import Scheduler
@@ -235,7 +236,7 @@ def test_detokenizer_holds_back_stop_beginnings_and_broken_characters() -> None:
 
 def test_scheduler_leaves_decoding_sequences_their_token() -> None:
     config = EngineConfig(max_num_batched_tokens=8, max_num_seqs=4)
-    scheduler = Scheduler(config, BlockManager(100, 4))
+    scheduler = Scheduler(config, BlockManager(100, 4), EmbeddingCache(0))
     short, long = sequence(SamplingParams(), 3), sequence(SamplingParams(), 30)
     for item in (short, long):
         scheduler.add(item)

@@ -17,6 +17,7 @@ from mmdist.config import EngineConfig, SamplingParams
 from mmdist.engine.blocks import BlockManager
 from mmdist.engine.detokenizer import Detokenizer
 from mmdist.engine.engine import Engine
+from mmdist.engine.pictures import EmbeddingCache
 from mmdist.engine.record import Recorder
 from mmdist.engine.request import Picture, Request, Sequence
 from mmdist.engine.scheduler import Scheduler
@@ -222,7 +223,9 @@ def step(scheduler: Scheduler) -> list[tuple[int, int]]:
 def test_who_shares_most_waits_for_it() -> None:
     """Several answers to one question, begun together: its prompt is computed once. A short common beginning is not
     waited for."""
-    scheduler = Scheduler(EngineConfig(max_num_seqs=8), BlockManager(100, BLOCK, finds_prefixes=True))
+    scheduler = Scheduler(
+        EngineConfig(max_num_seqs=8), BlockManager(100, BLOCK, finds_prefixes=True), EmbeddingCache(0)
+    )
     for token_ids in ([1] * 40, [1] * 41, [1] * 8 + [2] * 42):
         scheduler.add(sequence(token_ids))
     assert step(scheduler) == [(40, 40)]

@@ -52,7 +52,7 @@ class Engine:
         self.runner = Runner(model, PagedCache(shape, model.dtype, kernels), tp, kernels, spans)
         self.pictures = PictureEncoder(self.runner, config, spans)
         blocks = BlockManager(shape.num_blocks, shape.block_size, finds_prefixes=config.prefix_cache)
-        self.scheduler = Scheduler(config, blocks, self.pictures.cache)
+        self.scheduler = Scheduler(config, blocks, self.pictures.cache, kernels.device.type)
         self.sequences: dict[str, Sequence] = {}
         self.recorder: Recorder | None = None
         self.grammars = Grammars(None if processor is None else processor.tokenizer, eos_token_ids)

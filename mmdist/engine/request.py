@@ -127,8 +127,10 @@ class Sequence:
 
     def pictures_in(self, start: int, stop: int) -> list[Picture]:
         """Those that the computation of tokens [start, stop) looks at."""
-        if self.request.prompt.memory is None:
-            return self.pictures_of(*self.image_range(start, stop))
+        prompt = self.request.prompt
+        if prompt.memory is None:
+            seen = bool(prompt.image_positions) and start <= prompt.image_positions[-1]
+            return self.pictures_of(*self.image_range(start, stop)) if seen else []
         return [] if self.remembered else self.pictures
 
     def tokens(self, start: int, stop: int) -> list[int]:
