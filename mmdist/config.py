@@ -193,6 +193,9 @@ class EngineConfig:
         "most tokens of prompts in a step in which other requests' answers go on, and stand still for as long; "
         "default: 128 on a CPU, else 512",
     )
+    max_starts_beside_decode: int | None = key(
+        None, "most requests begun in one step beside requests being answered; default: no limit (task=serve: 2)"
+    )
     prefix_cache: bool = key(
         True, "keep what was computed of prompts and answers, for requests that begin alike (task=performance: false)"
     )
@@ -214,6 +217,7 @@ class EngineConfig:
             "max_pictures",
             "max_num_batched_tokens",
             "max_prefill_tokens_beside_decode",
+            "max_starts_beside_decode",
             "block_size",
             "num_blocks",
         ):

@@ -253,3 +253,18 @@ def test_scheduler_leaves_decoding_sequences_their_token() -> None:
     assert step() == {3: 3, 30: 5}
     assert [step() for _ in range(3)] == [{3: 1, 30: 7}] * 3
     assert step() == {3: 1, 30: 4} and step() == {3: 1, 30: 1}
+
+
+def test_few_requests_begin_beside_others() -> None:
+    config = EngineConfig(max_num_seqs=6, max_starts_beside_decode=2)
+    scheduler = Scheduler(config, BlockManager(100, 4), EmbeddingCache(0))
+    for length in range(3, 9):
+        scheduler.add(sequence(SamplingParams(), length))
+    first = scheduler.schedule()
+    assert len(first) == 6, "nobody's answer waits for them"
+    for item in first[1:]:
+        scheduler.remove(item.sequence)
+        scheduler.add(item.sequence)
+    first[0].sequence.num_computed = first[0].stop
+    first[0].sequence.output_ids.append(0)
+    assert len(scheduler.schedule()) == 3

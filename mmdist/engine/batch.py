@@ -10,6 +10,8 @@ import torch
 
 from mmdist.engine.request import Picture, Sequence
 
+SHORT_PREFILL = 16  # up to so many new tokens of a prompt are attended for one by one, beside those of answers
+
 
 @dataclass
 class NewMemory:
@@ -22,7 +24,7 @@ class NewMemory:
 
 @dataclass
 class Batch:
-    """Sequences laid end to end, those with one new token first; plain lists, so that it travels in one message.
+    """Sequences laid end to end, those with few new tokens first; plain lists, so that it travels in one message.
 
     query_lens: new tokens of each sequence; context_lens: its tokens in the cache after this step. image_rows: which
     of the new tokens are pictures'; logits_rows: after which of them a token is sampled, and candidates: from how many

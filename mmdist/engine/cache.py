@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mmdist.config import EngineConfig, UserError
-from mmdist.engine.batch import Batch
+from mmdist.engine.batch import SHORT_PREFILL, Batch
 from mmdist.kernels.kernels import Kernels
 from mmdist.kernels.paged import DecodeTables, Prefill
 from mmdist.kernels.pages import Slots, vector_bytes
@@ -83,16 +83,19 @@ class StepCache:
 
     def __init__(self, cache: PagedCache, batch: Batch):
         self.cache = cache
-        self.num_decodes = sum(query_len == 1 for query_len in batch.query_lens)
-        assert all(query_len == 1 for query_len in batch.query_lens[: self.num_decodes]), "single tokens come first"
+        num_short = sum(query_len <= SHORT_PREFILL for query_len in batch.query_lens)
+        assert all(query_len <= SHORT_PREFILL for query_len in batch.query_lens[:num_short]), "few tokens come first"
+        self.num_rows = sum(batch.query_lens[:num_short])
         parts = list(zip(batch.block_tables, batch.query_lens, batch.context_lens, strict=True))
         new = [slot for table, query, context in parts for slot in cache.slots(table, context - query, context)]
         self.new_slots = cache.slots_tensor(new)
-        self.tables = self.decode_tables(batch) if self.num_decodes else None
-        self.prefills = [Prefill(*part, cache.block_size, cache.device) for part in parts[self.num_decodes :]]
+        self.tables = self.decode_tables(parts[:num_short]) if num_short else None
+        self.prefills = [Prefill(*part, cache.block_size, cache.device) for part in parts[num_short:]]
 
-    def decode_tables(self, batch: Batch) -> DecodeTables:
-        tables, lens = batch.block_tables[: self.num_decodes], batch.context_lens[: self.num_decodes]
+    def decode_tables(self, parts: list[tuple[list[int], int, int]]) -> DecodeTables:
+        """(block table, new tokens, tokens) of each sequence -> a row for each new token, with what it looks at."""
+        tables = [table for table, query, _ in parts for _ in range(query)]
+        lens = [context - query + 1 + i for _, query, context in parts for i in range(query)]
         return DecodeTables(tables, lens, self.cache.block_size, self.cache.device)
 
     def store(
@@ -103,7 +106,7 @@ class StepCache:
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, window: int | None
     ) -> torch.Tensor:
-        out, row = [], self.num_decodes
+        out, row = [], self.num_rows
         if self.tables is not None:
             out.append(self.cache.attention.decode(layer, q[:row], self.tables, scale=scale, window=window))
         for part in self.prefills:

@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from mmdist.config import EngineConfig
-from mmdist.engine.batch import Scheduled
+from mmdist.engine.batch import SHORT_PREFILL, Scheduled
 from mmdist.engine.blocks import BlockManager
 from mmdist.engine.pictures import EmbeddingCache
 from mmdist.engine.request import Sequence
@@ -23,12 +23,13 @@ class Room:
     """What a step has room for, and what was put into it.
 
     tokens: still to be given away, `reserved` of them to decoding sequences whose turn comes; pictures: that may still
-    be encoded.
+    be encoded; starts: requests that may still begin.
     """
 
     tokens: int
     reserved: int
     pictures: int
+    starts: int
     scheduled: list[Scheduled] = field(default_factory=list)
 
 
@@ -60,7 +61,7 @@ class Scheduler:
                 queue.remove(sequence)
 
     def schedule(self) -> list[Scheduled]:
-        """Sequences with one new token come first."""
+        """Sequences with few new tokens come first."""
         room = self._room()
         preempted = self.num_preemptions
         for sequence in list(self.running):
@@ -69,14 +70,14 @@ class Scheduler:
                 self._continue(sequence, room)
         while self.num_preemptions == preempted and self._admit(room):
             pass
-        return sorted(room.scheduled, key=lambda item: item.num_tokens > 1)
+        return sorted(room.scheduled, key=lambda item: item.num_tokens > SHORT_PREFILL)
 
     def _room(self) -> Room:
         config, num_decoding = self.config, sum(map(is_decoding, self.running))
         if not num_decoding:
-            return Room(config.max_num_batched_tokens, 0, sys.maxsize)
+            return Room(config.max_num_batched_tokens, 0, sys.maxsize, sys.maxsize)
         tokens = min(config.max_num_batched_tokens, num_decoding + self.max_prefill_beside_decode)
-        return Room(tokens, num_decoding, 1)
+        return Room(tokens, num_decoding, 1, config.max_starts_beside_decode or sys.maxsize)
 
     def _continue(self, sequence: Sequence, room: Room) -> None:
         """Put a running sequence into the step; younger ones, in the end itself, make room for it in the cache."""
@@ -92,7 +93,7 @@ class Scheduler:
 
     def _admit(self, room: Room) -> bool:
         """Begin the first waiting sequence, if there is room for it now."""
-        if not self.waiting or len(self.running) >= self.config.max_num_seqs:
+        if not self.waiting or len(self.running) >= self.config.max_num_seqs or not room.starts:
             return False
         first = self.waiting[0]
         pictures = sum(s.request.prompt.memory_pictures for s in (first, *self.running))
@@ -105,6 +106,7 @@ class Scheduler:
             return False
         self.running.append(self.waiting.popleft())
         self.blocks.start(first, found)
+        room.starts -= 1
         self._take(first, stop, room)
         return True
 

@@ -18,7 +18,7 @@ ANSWER_S = 5  # that the ranks may take to say they are there
 router = APIRouter(tags=["operations"])
 
 
-def find_service(request: Request) -> Service:
+async def find_service(request: Request) -> Service:
     return request.app.state.service
 
 

@@ -17,6 +17,7 @@ from mmdist.config import UserError
 from mmdist.task_config import ServerConfig
 
 BACKLOG = 2048
+KEEP_ALIVE_S = 75  # nginx's; with uvicorn's 5 a client's next request often meets a connection that is being closed
 
 
 class PatientProtocol(HttpToolsProtocol):
@@ -80,6 +81,7 @@ class HttpThread:
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=1,
                 **options,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from importlib.util import find_spec
@@ -26,6 +27,7 @@ if HAS_FASTAPI := find_spec("fastapi") is not None and find_spec("uvicorn") is n
 ON_RANKS = True
 ENDS_ITSELF = True  # SIGTERM is rank 0's to answer
 API_KEYS = "MMDIST_API_KEYS"
+SWITCH_S = 2e-4  # Python's own 5 ms would let the engine's thread hold up every single write to a client
 FAREWELL_S = 2  # that clients get to hear of a failure
 log = logging.getLogger("mmdist.serve")
 
@@ -67,6 +69,7 @@ def run(config: ServeConfig, engine: AnyEngine) -> int:
     init_access_log()
     listener = listen(config.server)
     http = HttpThread(create_app(service, read_api_keys(config.server.api_key_file)), listener, config.server)
+    sys.setswitchinterval(SWITCH_S)
     http.start()
     scheme = "https" if config.server.ssl_certfile else "http"
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
