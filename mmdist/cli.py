@@ -27,15 +27,13 @@ from mmdist.compose import (
     unquote,
 )
 from mmdist.config import EXIT_INTERRUPTED, EXIT_USER_ERROR, FREE_TEXT_KEYS, UserError
-from mmdist.launch import become_rank, is_rank, leave, run_rank, start
+from mmdist.invocation import PROGRAM, is_rank
+from mmdist.launch import become_rank, leave, run_rank, start
 from mmdist.shipped import CONF
 from mmdist.sweep import run_sweep
 from mmdist.tasks.job import SweepJob
 from mmdist.usage import usage
 from weights_tools.convert import make_demo
-
-# -P: what lies in the folder where a job is started is no module of its ranks.
-PROGRAM = (sys.executable, "-P", "-m", "mmdist")
 
 
 def program() -> NoReturn:

@@ -14,9 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mmdist.config import FREE_TEXT_KEYS, MAP_KEYS, Config, UserError
+from mmdist.invocation import program_name
 from mmdist.shipped import CONF
 from mmdist.task_config import TASKS
-from mmdist.usage import all_keys, program_name
+from mmdist.usage import all_keys
 
 SWEEP_FLAGS = {"-m", "--multirun"}
 REFUSALS = (UserError, HydraException, OmegaConfBaseException)  # of what a user asked; `describe` words them

@@ -28,11 +28,11 @@ from mmdist.ascend import check_dtype
 from mmdist.backend import Backend, check_visible, find_device, init_backend, planned_device, threads_per_rank
 from mmdist.config import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, Config, UserError
 from mmdist.engine.load import AnyEngine, asked_world_size, find_checkpoint, load_engine, split_world_size
+from mmdist.invocation import program_name
 from mmdist.log import init_log
 from mmdist.models.family import check_world_size, find_model, legal_world_sizes, load_model_config
 from mmdist.tasks.job import make_output_dir
 from mmdist.tp import TP, init_tp
-from mmdist.usage import program_name
 
 log = logging.getLogger("mmdist.launch")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -40,11 +40,6 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def load_task(name: str) -> ModuleType:
     return import_module(f"mmdist.tasks.{name}")
-
-
-def is_rank() -> bool:
-    """True when torchrun or our agent made this process a rank."""
-    return "RANK" in os.environ
 
 
 def start(config: Config, program: Sequence[str], words: Sequence[str]) -> int:
@@ -134,7 +129,7 @@ def run_rank(config: Config) -> int:
     )
     over = f", collectives over {tp.group.name}" if tp.group is not None else ""
     log.info("world_size=%d on %s%s", size, backend.device.type, over)
-    if rank == 0:
+    if rank == 0 and (config.output_dir or getattr(task, "NEEDS_FOLDER", True)):
         make_output_dir(config)
     engine = open_engine(task, config, tp, backend)
     code = lead(task, config, engine) if rank == 0 else follow(task, config, engine)

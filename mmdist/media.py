@@ -42,6 +42,12 @@ class Limits:
     max_frames: int
 
 
+def user_message(text: str, num_images: int, num_videos: int = 0) -> dict[str, Any]:
+    """A question about pictures and videos, which stand before it."""
+    media = [{"type": "image"}] * num_images + [{"type": "video"}] * num_videos
+    return {"role": "user", "content": [*media, {"type": "text", "text": text}]}
+
+
 def find_file(path: str, folder: Path) -> Path:
     """A relative path is looked up from the working directory, then from `folder`."""
     return Path(path) if Path(path).exists() else folder / path

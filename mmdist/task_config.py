@@ -81,6 +81,13 @@ class ServeConfig(VideoConfig, Config):
 
 
 @dataclass
+class LibraryConfig(VideoConfig, Config):
+    def __post_init__(self) -> None:
+        Config.__post_init__(self)
+        self.check_video()
+
+
+@dataclass
 class ChatConfig(VideoConfig, SamplingParams, Config):
     image: str | None = key(None, "a picture")
     video: str | None = key(None, "a video instead: a file that PyAV reads, or frames as .npy")
@@ -275,6 +282,7 @@ TASKS: dict[str, type[Config]] = {
     "chat": ChatConfig,
     "generate": GenerateConfig,
     "serve": ServeConfig,
+    "library": LibraryConfig,
     "performance": PerformanceConfig,
     "precision": PrecisionConfig,
     "plan": PlanConfig,

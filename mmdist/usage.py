@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from mmdist.config import SAMPLING_KEYS, Config, SamplingParams
+from mmdist.invocation import program_name
 from mmdist.task_config import TASKS
 
 EXAMPLES = """\
@@ -44,11 +44,6 @@ def usage(conf: Path) -> str:
             sections.append(section(f"Keys of its group {f.name}", fields(default_of(f)), f"{f.name}."))
     examples = EXAMPLES.format(command=program_name(), entry="-m mmdist" if program_name() == "mmdist" else "launch.py")
     return "\n\n".join([*sections, examples])
-
-
-def program_name() -> str:
-    """What the user has typed to start us."""
-    return "python launch.py" if Path(sys.argv[0]).name == "launch.py" else "mmdist"
 
 
 def all_keys() -> list[str]:

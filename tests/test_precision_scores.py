@@ -206,7 +206,8 @@ def test_the_clock_stands_while_pictures_are_read_and_answers_written(monkeypatc
 
     def slowly(names: str) -> Iterator[Request]:
         for name in names:
-            wait(10)
+            with stopwatch.reading(name):
+                wait(10)
             yield Request(name, Prompt([]), SamplingParams())
 
     def engine(requests: Iterator[Request]) -> Iterator[Output]:
@@ -216,7 +217,7 @@ def test_the_clock_stands_while_pictures_are_read_and_answers_written(monkeypatc
 
     stopwatch = Stopwatch()
     seen: dict[str, dict[str, float]] = {}
-    for output in stopwatch.outputs(engine(stopwatch.requests(slowly("abcd")))):
+    for output in stopwatch.outputs(engine(slowly("abcd"))):
         seen[output.id] = stopwatch.timing(output.id)
         wait(10)
     assert [timing["seconds"] for timing in seen.values()] == [1, 1, 1, 1]

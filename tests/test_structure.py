@@ -14,8 +14,8 @@ from mmdist.task_config import TASKS
 REPOSITORY = Path(__file__).parents[1]
 # Floors from the ground up; a file imports from its own floor's folder or from lower floors.
 FLOORS = (
-    ("mmdist.config", "mmdist.log"),
-    ("mmdist.task_config", "mmdist.media", "mmdist.shipped"),
+    ("mmdist.config", "mmdist.log", "mmdist.invocation"),
+    ("mmdist.task_config", "mmdist.media", "mmdist.shipped", "mmdist.channel"),
     ("mmdist.usage",),
     ("mmdist.native", "mmdist.cores", "mmdist.ascend", "mmdist.ports"),
     ("mmdist.collectives", "mmdist.hccl"),
@@ -33,7 +33,8 @@ FLOORS = (
     ("mmdist.tasks",),
     ("mmdist.launch", "mmdist.compose", "weights_tools"),
     ("mmdist.sweep",),
-    ("mmdist.cli",),
+    ("mmdist.cli", "mmdist.llm_job", "mmdist.llm_rank"),
+    ("mmdist.llm",),
     ("mmdist.__main__",),
     ("launch",),
 )

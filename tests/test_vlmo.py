@@ -13,8 +13,9 @@ from convert_cases import FILE, Edit, edit, refused, run
 from vlmo_cases import SETTINGS, SIZES, TEXT_LEN, config, golden, inputs, plain, questions
 
 from mmdist.config import UserError
-from mmdist.engine.encoder import Answer, EncoderEngine
+from mmdist.engine.encoder import EncoderEngine
 from mmdist.engine.load import open_model
+from mmdist.engine.output import Answer
 from mmdist.media import load_image
 from mmdist.models.base import Prompt
 from mmdist.models.family import check_world_size, legal_world_sizes

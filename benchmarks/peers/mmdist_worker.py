@@ -16,7 +16,8 @@ from mmdist.compose import compose_config
 from mmdist.config import Config, SamplingParams
 from mmdist.engine.engine import Engine
 from mmdist.engine.request import Request
-from mmdist.launch import become_rank, is_rank, run_rank, start
+from mmdist.invocation import is_rank
+from mmdist.launch import become_rank, run_rank, start
 from mmdist.media import load_image
 from mmdist.models.base import Prompt
 

@@ -6,15 +6,15 @@ It has Engine's door, so that a task need not know which it talks to. Nothing is
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 import torch
 from torch.nn import Module
 
 from mmdist.config import EngineConfig, SamplingParams, UserError
+from mmdist.engine.output import Answer
 from mmdist.engine.record import Recorder, list_stages
 from mmdist.engine.request import Output, Request, failed
 from mmdist.kernels.kernels import Kernels
@@ -40,19 +40,6 @@ class EncoderBatch:
     kind: str = ""
     shape: tuple[int, ...] = ()
     mask: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
-
-
-@dataclass
-class Answer(Output):
-    """One of a closed set of answers. label: its class; top: the best ones, with their logits."""
-
-    label: int = -1
-    top: list[dict[str, Any]] = field(default_factory=list)
-    truncated: bool = False
-
-    def line(self) -> dict[str, Any]:
-        line = {"id": self.id, "answer": self.text, "label": self.label, "top": self.top}
-        return line | ({"truncated": True} if self.truncated else {})
 
 
 class EncoderEngine:
@@ -83,7 +70,7 @@ class EncoderEngine:
         assert self.processor is not None, "text enters and leaves through rank 0"
         return self.processor
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Output]:
+    def generate(self, requests: Iterable[Request]) -> Generator[Output, None, None]:
         """The best of the model's answers to each request; each output is whole and the request's only one."""
         self.check_answers()
         source = iter(requests)

@@ -6,7 +6,7 @@ batch, so the ranks never disagree about what they compute.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from itertools import islice
 
 import torch
@@ -183,17 +183,21 @@ class Engine:
     def stop(self) -> None:
         self.tp.broadcast_object(None)
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Output]:
-        """Run requests to their ends, taking new ones from the iterable as places become free."""
+    def generate(self, requests: Iterable[Request]) -> Generator[Output, None, None]:
+        """Run requests to their ends, taking new ones as places become free; closing the iterator stops them."""
         source = iter(requests)
         exhausted = False
-        while self.sequences or not exhausted:
-            places = self.scheduler.config.max_num_seqs - len(self.sequences)
-            new = list(islice(source, max(0, places)))
-            exhausted = len(new) < places
-            yield from self._add_all(new)
-            if self.sequences:
-                yield from self.step()
+        try:
+            while self.sequences or not exhausted:
+                places = self.scheduler.config.max_num_seqs - len(self.sequences)
+                new = list(islice(source, max(0, places)))
+                exhausted = len(new) < places
+                yield from self._add_all(new)
+                if self.sequences:
+                    yield from self.step()
+        finally:
+            for request_id in list(self.sequences):
+                self.abort(request_id)
 
     def _add_all(self, requests: list[Request]) -> Iterator[Output]:
         """Add what can be added; the rest ends at once with its error."""

@@ -6,7 +6,6 @@ import secrets
 from bisect import bisect_left
 from collections.abc import Set
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -14,7 +13,10 @@ from mmdist.config import SamplingParams
 from mmdist.engine.detokenizer import Detokenizer
 from mmdist.engine.grammar import Grammar
 from mmdist.engine.logits_processors import LogitsProcessors
+from mmdist.engine.output import Output, failed
 from mmdist.models.base import Prompt
+
+__all__ = ["Output", "Request", "Sequence", "failed"]
 
 
 @dataclass
@@ -22,48 +24,6 @@ class Request:
     id: str
     prompt: Prompt
     params: SamplingParams
-
-
-@dataclass
-class Output:
-    """One step's news of a request; `finish_reason` (stop, length, error, abort or timeout) is set with the last one.
-
-    delta: text that is new. token_id, logprob: this step's token and, when asked for, its entry of logprobs.
-    num_tokens: generated so far. prompt_token_ids, token_ids, text, logprobs (one entry a token): all so far; the lists
-    are the request's own and go on growing. stop_reason: the stop text or stop token that ended it; None for
-    end-of-sequence and length. num_cached_tokens: of the prompt, those that needed no prefill.
-    """
-
-    id: str
-    delta: str
-    text: str
-    prompt_token_ids: list[int]
-    token_ids: list[int]
-    logprobs: list[dict] | None
-    finish_reason: str | None
-    error: str | None = None
-    token_id: int | None = None
-    logprob: dict | None = None
-    num_tokens: int = 0
-    stop_reason: str | int | None = None
-    num_cached_tokens: int = 0
-
-    def line(self) -> dict[str, Any]:
-        """The answer as a file of answers has it."""
-        line = {
-            "id": self.id,
-            "text": self.text,
-            "token_ids": self.token_ids,
-            "prompt_token_ids": self.prompt_token_ids,
-            "finish_reason": self.finish_reason,
-        }
-        optional = {"error": self.error, "logprobs": self.logprobs}
-        return line | {name: value for name, value in optional.items() if value is not None}
-
-
-def failed(request_id: str, prompt_token_ids: list[int], error: str) -> Output:
-    """The one output of a request that could not be begun."""
-    return Output(request_id, "", "", prompt_token_ids, [], None, "error", error)
 
 
 @dataclass(eq=False)

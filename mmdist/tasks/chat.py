@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +99,15 @@ class Conversation:
 
     def _stream(self, request: Request) -> tuple[str, bool]:
         start, first, answer, num_tokens = time.perf_counter(), 0.0, "", 0
-        with noted_interrupt() as interrupt:
-            for output in self.engine.generate([request]):
+        with noted_interrupt() as interrupt, closing(self.engine.generate([request])) as outputs:
+            for output in outputs:
                 if output.error is not None:
                     raise UserError(output.error)
                 first = first or time.perf_counter() - start
                 answer, num_tokens = output.text, len(output.token_ids)
                 print(output.delta, end="", flush=True)
                 if interrupt.is_set():
-                    self.engine.abort(request.id)
+                    break
         print()
         words = "%d prompt tokens, first token after %.2f s, %d tokens in %.2f s"
         log.info(words, len(request.prompt.token_ids), first, num_tokens, time.perf_counter() - start)

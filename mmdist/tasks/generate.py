@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,9 +16,10 @@ from tqdm import tqdm
 from mmdist.config import SAMPLING_KEYS, SamplingParams, UserError
 from mmdist.engine.load import AnyEngine
 from mmdist.engine.record import Recorder, record_folder
-from mmdist.engine.request import Request, failed
+from mmdist.engine.request import Request
 from mmdist.task_config import GenerateConfig
 from mmdist.tasks import retrieval
+from mmdist.tasks.answering import answer
 from mmdist.tasks.sources import Source, check_source, open_source
 from mmdist.tasks.stopwatch import Stopwatch
 
@@ -89,30 +89,21 @@ class Batch:
         self.settings: dict[str, dict[str, Any]] = {}
 
     def run(self, entries: list[dict[str, Any]]) -> None:
-        outputs = self.engine.generate(self.stopwatch.requests(self.requests(entries)))
-        for output in self.stopwatch.outputs(outputs):
-            if output.finish_reason is not None:
+        for output in self.stopwatch.outputs(answer(self.engine, entries, self.build)):
+            if output.error is not None:
+                self.write(output.line())
+            elif output.finish_reason is not None:
                 if self.engine.recorder is not None:
                     self.engine.recorder.save(output.id)
                 settings, timing = self.settings.pop(output.id), self.stopwatch.timing(output.id)
                 line = output.line() | ({} if output.logprobs is None else {"params": settings})
                 self.write(line | ({"timing": timing} if self.config.timing else {}))
 
-    def requests(self, entries: list[dict[str, Any]]) -> Iterator[Request]:
-        """Built as the engine asks for them, so that no more than a batch of pictures is in memory."""
-        seen: set[str] = set()
-        for entry in entries:
-            name = str(entry["id"])
-            try:
-                if name in seen:
-                    raise UserError(f"id {name} is given twice; ids must differ")
-                seen.add(name)
-                request = self.source.build(entry, self.engine.prompts, self.config)
-            except UserError as error:
-                self.write(failed(name, [], str(error)).line())
-                continue
-            self.settings[name] = settings_of(request.params)
-            yield request
+    def build(self, entry: dict[str, Any]) -> Request:
+        with self.stopwatch.reading(str(entry["id"])):
+            request = self.source.build(entry, self.engine.prompts, self.config)
+        self.settings[request.id] = settings_of(request.params)
+        return request
 
     def write(self, line: dict[str, Any]) -> None:
         self.num_failed += "error" in line

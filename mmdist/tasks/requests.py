@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from mmdist.config import SAMPLING_KEYS, SamplingParams, UserError
 from mmdist.engine.request import Request
-from mmdist.media import PICTURE_SUFFIXES, find_file, load_image, load_video
+from mmdist.media import PICTURE_SUFFIXES, find_file, load_image, load_video, user_message
 from mmdist.models.base import Processor
 
 REQUEST_KEYS = {"id", "messages", "prompt", "question", "image", "images", "video", *SAMPLING_KEYS}
@@ -43,11 +45,6 @@ def read_folder(folder: Path, prompt: str, key: str = "input") -> Iterator[dict[
         yield {"id": path.name, "messages": [user_message(prompt, 1)], "images": [str(path.resolve())]}
 
 
-def user_message(text: str, num_images: int, num_videos: int = 0) -> dict[str, Any]:
-    media = [{"type": "image"}] * num_images + [{"type": "video"}] * num_videos
-    return {"role": "user", "content": [*media, {"type": "text", "text": text}]}
-
-
 def build_request(
     entry: dict[str, Any], processor: Processor, defaults: SamplingParams, folder: Path, video_frames: int = 8
 ) -> Request:
@@ -65,8 +62,8 @@ def build_request(
     text = entry.get("prompt")
     if messages is None and not isinstance(text, str):
         raise UserError(f"prompt: expected text, found {type(text).__name__}")
-    paths = image_paths(as_list(entry, "images"), messages or [])
-    media: dict[str, Any] = {"images": [load_image(find_file(path, folder)) for path in paths]}
+    pictures = list_pictures(as_list(entry, "images"), messages or [])
+    media: dict[str, Any] = {"images": [open_picture(picture, folder) for picture in pictures]}
     if "video" in entry:
         media["videos"] = [load_video(video_path(entry["video"], processor, folder), video_frames)]
     return Request(str(entry["id"]), processor.prompt(messages=messages, text=text, **media), params)
@@ -122,15 +119,20 @@ def is_part(part: Any) -> bool:
     return part.get("type") in ("image", "video") or (part.get("type") == "text" and isinstance(part.get("text"), str))
 
 
-def image_paths(images: list[Any], messages: list[dict[str, Any]]) -> list[str]:
-    """One path an image part: its own (transformers' "path"), else the next of the request's images."""
+def open_picture(picture: str | Image.Image, folder: Path) -> Image.Image:
+    """A file's; a program may also give one that is open."""
+    return picture.convert("RGB") if isinstance(picture, Image.Image) else load_image(find_file(picture, folder))
+
+
+def list_pictures(images: list[Any], messages: list[dict[str, Any]]) -> list[str | Image.Image]:
+    """One an image part: its own (transformers' "path"), else the next of the request's images."""
     rest = iter(images)
     parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
-    paths = [part["path"] if "path" in part else next(rest, None) for part in parts]
-    paths = [path for path in paths if path is not None] + list(rest)
-    if not all(isinstance(path, str) for path in paths):
+    pictures = [part["path"] if "path" in part else next(rest, None) for part in parts]
+    pictures = [picture for picture in pictures if picture is not None] + list(rest)
+    if not all(isinstance(picture, str | Image.Image) for picture in pictures):
         raise UserError("images: expected a list of paths")
-    return paths
+    return pictures
 
 
 def merge_params(entry: dict[str, Any], defaults: SamplingParams) -> SamplingParams:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mmdist.config import SamplingParams, UserError
 from mmdist.engine.request import Request
-from mmdist.media import find_file, load_image, read_image
+from mmdist.media import read_image
 from mmdist.models.base import Processor
 from mmdist.precision.vqa import VqaData
 from mmdist.tasks.requests import (
@@ -17,8 +17,9 @@ from mmdist.tasks.requests import (
     build_request,
     check_message,
     expand_question,
-    image_paths,
+    list_pictures,
     merge_params,
+    open_picture,
     read_folder,
     read_requests,
     user_message,
@@ -45,10 +46,10 @@ class Source:
         """The one that an entry asks about."""
         entry = expand_question(entry)
         messages = [check_message(message) for message in as_list(entry, "messages")]
-        paths = image_paths(as_list(entry, "images"), messages)
-        if len(paths) != 1:
-            raise UserError(f"request {entry['id']} has {len(paths)} pictures; a judge looks at one")
-        return load_image(find_file(paths[0], self.folder))
+        pictures = list_pictures(as_list(entry, "images"), messages)
+        if len(pictures) != 1:
+            raise UserError(f"request {entry['id']} has {len(pictures)} pictures; a judge looks at one")
+        return open_picture(pictures[0], self.folder)
 
 
 class QuestionSource(Source):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
-from mmdist.engine.request import Output, Request
+from mmdist.engine.request import Output
 
 
 class Stopwatch:
@@ -16,16 +17,15 @@ class Stopwatch:
         self.elapsed = 0.0
         self.started: dict[str, float] = {}
 
-    def requests(self, requests: Iterable[Request]) -> Iterator[Request]:
-        source = iter(requests)
-        while True:
-            self._pause()
-            request = next(source, None)
+    @contextmanager
+    def reading(self, request_id: str) -> Iterator[None]:
+        """Around what makes a request, which is in the engine from then on."""
+        self._pause()
+        try:
+            yield
+            self.started[request_id] = self.elapsed
+        finally:
             self._resume()
-            if request is None:
-                return
-            self.started[request.id] = self.elapsed
-            yield request
 
     def outputs(self, outputs: Iterable[Output]) -> Iterator[Output]:
         source = iter(outputs)
