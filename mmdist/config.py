@@ -19,6 +19,7 @@ COLLECTIVES = ("auto", "shm", "gloo")
 PINS = ("auto", "none", "card")
 KERNELS = ("auto", "plain", "portable", "avx2", "avx512", "avx512_bf16")
 KV_CACHE_DTYPES = ("auto", "int8")
+DECODE_GRAPHS = ("auto", "on", "off")
 VISION_BACKENDS = ("torch", "onnx", "om")
 QUANT_SCHEMES = ("auto", "none", "w8a16", "w4a16")
 FREE_TEXT_KEYS = (
@@ -209,6 +210,10 @@ class EngineConfig:
     num_blocks: int | None = key(
         None, "blocks of the KV cache; default: max_num_seqs times max_model_len; fewer means preemption"
     )
+    decode_graph: str = key(
+        "auto",
+        "decode by graphs captured at the start: on, off or auto (task=plan says which, and why)",
+    )
 
     def __post_init__(self) -> None:
         for name in (
@@ -230,6 +235,7 @@ class EngineConfig:
             self.kv_cache_dtype,
             "|".join(KV_CACHE_DTYPES),
         )
+        require(self.decode_graph in DECODE_GRAPHS, "engine.decode_graph", self.decode_graph, "|".join(DECODE_GRAPHS))
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise UserError(
                 f"engine.max_num_batched_tokens={self.max_num_batched_tokens} is below engine.max_num_seqs="

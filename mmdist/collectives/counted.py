@@ -16,7 +16,8 @@ HOST = torch.device("cpu")
 
 class CountedCollectives:
     """Those of `inner`. bytes: of the tensors that calls leave on this rank (what is reduced, gathered, broadcast), not
-    what a network sends for them. Time on a rank has its waiting for the others in it."""
+    what a network sends for them. Time on a rank has its waiting for the others in it. What a captured graph repeats is
+    not seen."""
 
     def __init__(self, inner: Collectives):
         self.inner, self.name = inner, inner.name
@@ -62,6 +63,8 @@ class CountedCollectives:
     def _run(self, call: Callable[[], T], device: torch.device) -> T:
         self.calls += 1
         if device.type != "cpu":  # waiting for the device at every call would change what is measured
+            if getattr(torch, device.type).is_current_stream_capturing():  # an event there would be the graph's
+                return call()
             first, last = (getattr(torch, device.type).Event(enable_timing=True) for _ in range(2))
             first.record()
             result = call()

@@ -20,7 +20,7 @@ DEFAULT_BLOCK_SIZE = 16
 
 @dataclass(frozen=True)
 class CacheShape:
-    """One rank's cache: num_kv_heads are this rank's."""
+    """One rank's cache: num_kv_heads are this rank's. spare_blocks come after num_blocks, for no sequence."""
 
     max_model_len: int
     num_layers: int
@@ -29,9 +29,11 @@ class CacheShape:
     num_kv_heads: int
     head_dim: int
     kv_cache_dtype: str
+    spare_blocks: int = 0
 
     def bytes(self, dtype: torch.dtype) -> int:
-        vectors = 2 * self.num_layers * self.num_blocks * self.block_size * self.num_kv_heads
+        blocks = self.num_blocks + self.spare_blocks
+        vectors = 2 * self.num_layers * blocks * self.block_size * self.num_kv_heads
         return vectors * vector_bytes(self.kv_cache_dtype, self.head_dim, dtype)
 
 
@@ -57,6 +59,7 @@ def cache_shape(model: MultimodalModel, config: EngineConfig) -> CacheShape:
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         kv_cache_dtype=config.kv_cache_dtype,
+        spare_blocks=-(-config.max_num_seqs // block_size) if config.decode_graph == "on" else 0,
     )
 
 
@@ -65,7 +68,9 @@ class PagedCache:
 
     def __init__(self, shape: CacheShape, dtype: torch.dtype, kernels: Kernels):
         self.block_size, self.dtype, self.device = shape.block_size, dtype, kernels.device
-        size = (shape.num_layers, shape.num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
+        self.spare_block = shape.num_blocks  # the first
+        blocks = shape.num_blocks + shape.spare_blocks
+        size = (shape.num_layers, blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
         self.k, self.v = (kernels.pages(shape.kv_cache_dtype, size, dtype) for _ in range(2))
         self.attention = kernels.paged_attention(self.k, self.v)
 

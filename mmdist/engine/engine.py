@@ -25,6 +25,7 @@ from mmdist.engine.request import Output, Request, Sequence, failed
 from mmdist.engine.runner import Runner
 from mmdist.engine.sampler import Scores, num_candidates
 from mmdist.engine.scheduler import Scheduler
+from mmdist.kernels.graphs import GRAPHS
 from mmdist.kernels.kernels import Kernels
 from mmdist.models.base import MultimodalModel, Processor
 from mmdist.spans import Spans
@@ -50,6 +51,8 @@ class Engine:
         self.cache_shape = shape = cache_shape(model, config)
         self.max_model_len = shape.max_model_len
         self.runner = Runner(model, PagedCache(shape, model.dtype, kernels), tp, kernels, spans)
+        if config.decode_graph == "on":
+            self.runner.capture(GRAPHS[kernels.device.type](kernels.device), config.max_num_seqs, shape.max_model_len)
         self.pictures = PictureEncoder(self.runner, config, spans)
         blocks = BlockManager(shape.num_blocks, shape.block_size, finds_prefixes=config.prefix_cache)
         self.scheduler = Scheduler(config, blocks, self.pictures.cache, kernels.device.type)

@@ -17,6 +17,7 @@ from mmdist.config import Config, EngineConfig, UserError
 from mmdist.engine.cache import cache_shape
 from mmdist.engine.encoder import EncoderEngine
 from mmdist.engine.engine import Engine
+from mmdist.engine.graphs import plan_graphs
 from mmdist.engine.memory import RankMemory, rank_memory
 from mmdist.engine.vision import check_precision, check_weights, find_exported, replace_tower
 from mmdist.kernels.kernels import Kernels
@@ -104,6 +105,12 @@ def engine_settings(config: Config, chip: Chip | None) -> EngineConfig:
     return replace(settings, block_size=size)
 
 
+def settle_engine(config: Config, model: Model, device: str, chip: Chip | None) -> tuple[EngineConfig, str]:
+    """engine_settings() with engine.decode_graph settled, too; and in words how tokens are decoded."""
+    name = None if chip is None else chip.name
+    return plan_graphs(engine_settings(config, chip), model, device, name, config.hardware.kernels)
+
+
 def open_model(config: Config, tp: TP, device: str, *, hash_ahead: bool = False) -> tuple[Model, Plan, Checkpoint, Any]:
     """The model on meta, its plan and its checkpoint, each checked against the others; nothing is loaded.
 
@@ -152,7 +159,10 @@ def load_engine(config: Config, tp: TP, backend: Backend, spans: Spans = NOT_MEA
     exported = find_exported(model)
     if exported is not None and tp.rank == 0:
         check_weights(exported, checkpoint)
-    config = replace(config, engine=engine_settings(config, backend.chip))
+    engine, decoding = settle_engine(config, model, backend.device.type, backend.chip)
+    if backend.device.type != "cpu":
+        log.info("decoding: %s", decoding)
+    config = replace(config, engine=engine)
     settings = fit_memory(config, model, plan, tp, backend)
     kernels = choose_kernels(config, backend, model.dtype)
     start = time.perf_counter()

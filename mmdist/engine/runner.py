@@ -9,7 +9,9 @@ import torch
 
 from mmdist.engine.batch import Batch
 from mmdist.engine.cache import PagedCache, StepCache
+from mmdist.engine.graphs import DecodeGraphs
 from mmdist.engine.sampler import Scores
+from mmdist.kernels.graphs import Graphs
 from mmdist.kernels.kernels import Kernels
 from mmdist.models.base import MultimodalModel
 from mmdist.models.decoder import Step
@@ -24,6 +26,11 @@ class Runner:
         self.memories: dict[str, Any] = {}
         self.keeps_all = False  # every layer computes every token, for who watches the layers
         self.has_scored = False
+        self.graphs: DecodeGraphs | None = None
+
+    def capture(self, graphs: Graphs, max_num_seqs: int, max_model_len: int) -> None:
+        """Decode by graphs from now on; every rank at once."""
+        self.graphs = DecodeGraphs(self.model, self.cache, graphs, max_num_seqs, max_model_len)
 
     @torch.inference_mode()
     def encode_images(self, vision: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -65,6 +72,9 @@ class Runner:
     ) -> torch.Tensor:
         """-> (len(batch.logits_rows), hidden), equal on every rank"""
         self.update_memories(batch, new_memories)
+        if self.graphs is not None and not self.keeps_all and self.graphs.takes(batch):
+            hidden, rows = self.graphs.hidden(batch), self.find_rows(batch)
+            return hidden if rows is None else hidden[rows]
         lens = zip(batch.query_lens, batch.context_lens, strict=True)
         positions = torch.cat([torch.arange(context - query, context) for query, context in lens])
         step = Step(

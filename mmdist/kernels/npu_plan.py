@@ -47,6 +47,9 @@ BIASED = Job(
 )
 PICKING = Job("likeliest tokens", (TORCH,), "a few rows of the vocabulary's part", "any", "argmax, topk, sort")
 
+# Chips whose decoding cannot be captured, and why.
+WITHOUT_GRAPHS = {"310p": "CANN's documents know captured streams on A2 and A3 only, not on a 310P"}
+
 PLANS: dict[str, tuple[Job, ...]] = {
     "310p": (
         RMS_NORM,

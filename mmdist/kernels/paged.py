@@ -47,11 +47,34 @@ class DecodeTables:
     def mask(self, window: int | None) -> torch.Tensor | None:
         """(sequences, 1, 1, longest context) bool, or None where every sequence sees all of it."""
         if window not in self.masks:
-            lens = self.context_lens[:, None]
-            seen = self.places < lens
-            seen = seen if window is None else seen & (self.places >= lens - window)
+            seen = self.seen(window)
             self.masks[window] = None if seen.all() else seen[:, None, None]
         return self.masks[window]
+
+    def seen(self, window: int | None) -> torch.Tensor:
+        """(sequences, longest context) bool"""
+        lens = self.context_lens[:, None]
+        seen = self.places < lens
+        return seen if window is None else seen & (self.places >= lens - window)
+
+
+class FixedTables(DecodeTables):
+    """Those of a captured graph: the tensors are given, what is in them changes, and nothing waits for the device."""
+
+    def __init__(
+        self, block_tables: torch.Tensor, context_lens: torch.Tensor, lens: list[int], longest: int, block_size: int
+    ):
+        """lens: of this time, as the host knows them; longest: of all times."""
+        self.block_tables, self.context_lens, self.lens = block_tables, context_lens, lens
+        self.longest, self.block_size = longest, block_size
+        self.masks = {}
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        if window not in self.masks:
+            self.masks[window] = self.seen(window)[:, None, None]
+        mask = self.masks[window]
+        assert mask is not None
+        return mask
 
 
 class Prefill:

@@ -18,6 +18,7 @@ from mmdist.backend import Backend, synchronize
 from mmdist.collectives.counted import CountedCollectives
 from mmdist.config import UserError
 from mmdist.engine.encoder import EncoderEngine
+from mmdist.engine.engine import Engine
 from mmdist.engine.load import AnyEngine, find_checkpoint, find_quant, load_engine
 from mmdist.media import load_image, load_video
 from mmdist.models.base import Prompt
@@ -57,7 +58,10 @@ def open_engine(config: PerformanceConfig, tp: TP, backend: Backend) -> AnyEngin
     counted = tp if tp.group is None else replace(tp, group=CountedCollectives(tp.group))
     spans = TimedSpans(partial(synchronize, backend.device), traced=config.profile)
     try:
-        return load_engine(config, counted, backend, spans)
+        engine = load_engine(config, counted, backend, spans)
+        if tp.size > 1 and isinstance(engine, Engine) and engine.runner.graphs is not None:
+            log.warning("collectives within captured graphs are not counted; engine.decode_graph=off counts them all")
+        return engine
     except UserError as error:
         if "engine.max_num_seqs=" not in str(error):
             raise

@@ -10,7 +10,7 @@ from typing import Any
 from mmdist.ascend import Chip, find_chip
 from mmdist.backend import GIB, memory_per_rank, planned_device
 from mmdist.config import UserError
-from mmdist.engine.load import asked_world_size, engine_settings, find_checkpoint, open_model
+from mmdist.engine.load import asked_world_size, find_checkpoint, open_model, settle_engine
 from mmdist.engine.memory import RankMemory, rank_memory
 from mmdist.kernels.npu_plan import PLANS, job_lines, operations
 from mmdist.models.family import check_world_size, find_model, legal_world_sizes, load_model_config
@@ -52,10 +52,10 @@ def cure(config: PlanConfig) -> str:
 def make_plan(config: PlanConfig, size: int, device: str) -> dict[str, Any]:
     """The facts of both formats."""
     chip = find_chip(config.hardware) if device == "npu" else None
-    engine = engine_settings(config, chip)
     ranks: list[RankMemory] = []
     for rank in range(min(size, 2)):  # all ranks but the first are alike
         model, plan, checkpoint, _ = open_model(config, TP(rank, size), device)
+        engine, decoding = settle_engine(config, model, device, chip)
         ranks.append(rank_memory(model, plan, TP(rank, size), engine))
     memory = memory_per_rank(config.hardware, device, size)
     reduced = model.numbers_reduced() * model.dtype.itemsize if size > 1 else 0
@@ -71,6 +71,7 @@ def make_plan(config: PlanConfig, size: int, device: str) -> dict[str, Any]:
     ]
     return {
         "fits": all(rank.total <= memory for rank in ranks),
+        "decoding": decoding,
         "kernels": planned_kernels(config.hardware.kernels, device, chip),
         "allreduce_bytes_per_token": reduced,
         "memory_per_rank": memory,
@@ -105,5 +106,6 @@ def table(plan: dict[str, Any]) -> str:
     lines += ["", f"all-reduced a token: {plan['allreduce_bytes_per_token']} bytes"]
     lines.append(f"kernels: {plan['kernels']['level']} ({plan['kernels']['detail']})")
     lines += [f"  {line}" for job in plan["kernels"].get("jobs", ()) for line in job_lines(job)]
+    lines.append(f"decoding: {plan['decoding']}")
     lines.append(f"{'fits' if plan['fits'] else 'does NOT fit'} {plan['memory_per_rank'] / GIB:.2f} GiB a rank")
     return "\n".join(lines)

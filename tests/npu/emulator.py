@@ -11,10 +11,12 @@ from __future__ import annotations
 import ctypes
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch_npu
+from npu.capture import WORKS, Captures
 from npu.chip import FRACTAL_NZ, ND, TILE, Chip, ChipLimit
 from npu.reference_ops import reference_ops
 
@@ -23,7 +25,10 @@ NATIVE = (
     "empty", "new_empty", "resize_", "set_", "is_set_to", "record_stream", "is_pinned", "_pin_memory",
     "scaled_dot_product_attention",
 )  # fmt: skip
-NATIVE_NPU = ("get_npu_format", "get_storage_size", "empty_with_format", "npu_change_data_ptr", "_npu_getOption")
+NATIVE_NPU = (
+    "get_npu_format", "get_storage_size", "empty_with_format", "npu_change_data_ptr", "_npu_getOption",
+    "_npu_fused_infer_attention_score_infer_output",
+)  # fmt: skip
 HOST_ARGUMENTS = ("seq_len", "context_lens")  # of NNAL's operations, which may lie on the host
 CPU_INDICES = ("index", "_index_put_impl_", "index_put_", "_unsafe_index", "_local_scalar_dense")
 HCCL_TYPES = {torch.float16: 3, torch.bfloat16: 11}
@@ -59,6 +64,7 @@ class Emulator:
         self.runtime.aclrtGetSocName.restype = ctypes.c_char_p
         self.chip = Chip(self.runtime.aclrtGetSocName().decode(), self.all_reduce)
         self.references = reference_ops(self.chip)
+        self.captures = Captures(self.runtime, self.refuse)
         self.copy_natively = torch.library.get_kernel("aten::copy_", "PrivateUse1")
         self.keys = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
         self.fractal: dict[int, torch.Size] = {}  # the shapes of FRACTAL_NZ storages, by their addresses
@@ -88,7 +94,14 @@ class Emulator:
 
     def call(self, name: str, op: torch._ops.OpOverload, run: Callable, args: tuple, kwargs: dict) -> Any:
         self.check(name, op, args, kwargs)
+        stream = torch.npu.current_stream().npu_stream  # asking for it waits for torch_npu's task queue
+        if self.captures.state(stream) != WORKS:
+            compute = partial(self.compute, name, op, run, args, kwargs)
+            return self.captures.take(stream, op, run, compute, args, kwargs)
         torch.npu.current_stream().synchronize()  # what was queued before, copies and collectives too
+        return self.compute(name, op, run, args, kwargs)
+
+    def compute(self, name: str, op: torch._ops.OpOverload, run: Callable, args: tuple, kwargs: dict) -> Any:
         given: dict[int, Tensor] = {}  # npu tensors, by their stand-ins
 
         def down(x: Any) -> Any:
@@ -195,7 +208,9 @@ class Emulator:
         npu = [t for t in (x, source) if t.device.type == "npu"]
         plain = not any(is_fractal(t) for t in npu)
         same = x.dtype == source.dtype and x.shape == source.shape and x.is_contiguous() and source.is_contiguous()
-        if plain and same:
+        if self.captures.is_open and (len(npu) == 2 or not (plain and same)):
+            return self.call("aten::copy_", torch.ops.aten.copy_.default, Tensor.copy_, (x, source), {})
+        if plain and same and len(npu) == 1:
             return self.copy_natively.call_boxed(self.keys, x, source, non_blocking)
         # Between host and device, torch_npu casts on the host.
         if self.chip.is_310p and len(npu) == 2 and torch.bfloat16 in (x.dtype, source.dtype):
@@ -209,6 +224,8 @@ class Emulator:
 
     def format_cast(self, input: Tensor, acl_format: int, **kwargs: int | None) -> Tensor:
         """The numbers laid out anew, and noted by torch_npu itself."""
+        if self.captures.is_open:
+            self.refuse("npu_format_cast", "in a captured stream is not emulated")
         rows = self.references["npu::npu_format_cast"](self.host(input), acl_format, **kwargs)
         if acl_format != FRACTAL_NZ:
             return self.to_npu(rows)
@@ -223,6 +240,8 @@ class Emulator:
 
     def all_reduce(self, x: Tensor, name: str) -> int:
         """Sums x over the ranks of a communicator; how many there are."""
+        if self.captures.is_open:
+            self.refuse("npu_mm_all_reduce_base", "in a captured stream is not emulated")
         size = self.hccl.emulated_all_reduce(name.encode(), x.data_ptr(), x.numel(), HCCL_TYPES[x.dtype])
         if size <= 0:
             self.refuse("npu_mm_all_reduce_base", f"no sum over the communicator {name} (HCCL error {-size})")

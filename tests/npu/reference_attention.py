@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from npu.chip import FRACTAL_NZ, HALVES, ND, TILE, Op, kernel
@@ -545,6 +546,27 @@ def npu_fused_infer_attention_score(
     masks = Masks(op, atten_mask, sparse_mode if is_prompt else 0, pre_tokens, next_tokens)
     out = sequences(op, [queries, *parts], masks, lens, kv_lens, scale, input_layout)
     return out, torch.zeros(1)
+
+
+# In a graph: its results and its workspace lie where they are given, so that its lengths can be given anew
+
+
+@kernel("npu::_npu_fused_infer_attention_score_get_max_workspace")
+def get_max_workspace(op: Op, query: Tensor, key: Tensor, value: Tensor, **others: object) -> Tensor:
+    """For any lengths; how large it is on a chip is not documented."""
+    return torch.empty(query.nbytes, dtype=torch.uint8)
+
+
+@kernel("npu::npu_fused_infer_attention_score.out")
+def npu_fused_infer_attention_score_out(
+    op: Op, query: Tensor, key: Tensor, value: Tensor, *, workspace: Tensor, out: list[Tensor], **others: Any
+) -> tuple[Tensor, Tensor]:
+    op.require(workspace.nbytes >= query.nbytes, f"a workspace of {workspace.nbytes} bytes, {query.nbytes} are needed")
+    found, _ = npu_fused_infer_attention_score(op, query, key, value, **others)
+    op.dtype(out=out[0], query=query)
+    op.shape(out[0], tuple(found.shape), "out")
+    out[0].copy_(found)
+    return out[0], out[1]
 
 
 def check_blocks(

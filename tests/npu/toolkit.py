@@ -17,7 +17,7 @@ SOURCES = HERE / "stubs"
 HEADERS = Path(sysconfig.get_path("purelib")) / "torch_npu" / "include"  # of the wheel, which is not imported here
 # Each library with its sources; those without any only have to exist.
 LIBRARIES = {
-    "ascendcl": ("acl.c", "refused.c"),
+    "ascendcl": ("acl.c", "streams.c", "refused.c"),
     "acl_op_compiler": ("op_compiler.c",),
     "hccl": ("hccl.c",),
     "atb": ("atb.c",),

@@ -1,5 +1,5 @@
 // libascendcl.so: the calls of CANN's runtime that torch_npu needs to import, count devices, hold memory and copy it.
-// Compiled against the headers in the wheel, so a wrong signature is a compile error. Streams do their work when asked.
+// Compiled against the headers in the wheel, so a wrong signature is a compile error. Streams are in streams.c.
 //
 // EMULATED_SOC       Ascend310P3 (two devices, the chips of one 300I DUO) or Ascend910B3 (eight, an 800I A2)
 // EMULATED_DEVICES   another number of devices: 4 is two 300I DUO cards
@@ -13,20 +13,21 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "emulated.h"
 
-enum { OK = 0, NO_DEVICE = 107001, NO_MEMORY = 207001, AICORE_EXCEPTION = 507015, PAGE = 512, MAX_PIECES = 65536 };
+enum { OK = 0, NO_DEVICE = 107001, NO_MEMORY = 207001, PAGE = 512, MAX_PIECES = 65536, MAX_PINNED = 4096 };
 typedef struct { char *start; size_t bytes; int used; } Piece;
-typedef struct { struct timespec recorded; } Event;
+typedef struct { void *to; const void *from; size_t bytes; } Copy;
+typedef struct { void *to; int value; size_t bytes; } Fill;
 
 static _Thread_local int current_device;
 static char message[512] = "";
 static char *device_base, *host_base;  // the same pages: where programs believe them to be, and where they can be read
 static Piece pieces[MAX_PIECES];        // of device memory, in the order of their addresses
 static int num_pieces;
+static Piece pinned[MAX_PINNED];        // host memory that stays where it is
 static size_t used_bytes;
 static pthread_mutex_t memory_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_once_t memory_made = PTHREAD_ONCE_INIT;
@@ -82,8 +83,6 @@ aclError aclrtGetPrimaryCtxState(int32_t device, uint32_t *flags, int32_t *activ
 aclError aclrtGetCurrentContext(aclrtContext *context) { return *context = &installed_devices, OK; }
 aclError aclrtSetCurrentContext(aclrtContext context) { return OK; }
 aclError aclrtGetLogicDevIdByUserDevId(const int32_t user, int32_t *const logic) { return *logic = user, OK; }
-aclError aclrtSynchronizeDevice(void) { return OK; }
-aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout) { return OK; }
 aclError aclrtPeekAtLastError(aclrtLastErrLevel level) { return OK; }
 aclError aclrtGetLastError(aclrtLastErrLevel level) { return OK; }
 aclError aclrtSetOpWaitTimeout(uint32_t timeout) { return OK; }
@@ -94,7 +93,6 @@ aclError aclrtGetSysParamOpt(aclSysParamOpt option, int64_t *value) { return *va
 aclError aclrtGetDeviceResLimit(int32_t device, aclrtDevResLimitType type, uint32_t *value) { return *value = 8, OK; }
 aclError aclrtGetStreamResLimit(aclrtStream stream, aclrtDevResLimitType type, uint32_t *value) { return *value = 8, OK; }
 aclError aclrtGetDeviceInfo(uint32_t device, aclrtDevAttr attribute, int64_t *value) { return *value = 8, OK; }
-aclError aclmdlRICaptureThreadExchangeMode(aclmdlRICaptureMode *mode) { return OK; }
 
 aclError aclrtSetDevice(int32_t device) {
   if (device < 0 || device >= (int32_t)visible_devices()) {
@@ -175,9 +173,34 @@ aclError aclrtFree(void *address) {
   return found ? OK : NO_MEMORY;
 }
 
-aclError aclrtMallocHost(void **address, size_t bytes) { return posix_memalign(address, PAGE, bytes + PAGE) ? NO_MEMORY : OK; }
+aclError aclrtMallocHost(void **address, size_t bytes) {
+  char *head;
+  if (posix_memalign((void **)&head, PAGE, bytes + PAGE)) return NO_MEMORY;
+  pthread_mutex_lock(&memory_lock);
+  int i = 0;
+  while (i < MAX_PINNED && pinned[i].start) i++;
+  if (i < MAX_PINNED) pinned[i] = (Piece){head, bytes + PAGE, 1};
+  pthread_mutex_unlock(&memory_lock);
+  return i < MAX_PINNED ? (*address = head, OK) : NO_MEMORY;
+}
+
 aclError aclrtMallocHostWithCfg(void **address, uint64_t bytes, aclrtMallocConfig *config) { return aclrtMallocHost(address, bytes); }
-aclError aclrtFreeHost(void *address) { return free(address), OK; }
+
+static Piece *find_pinned(const char *address) {
+  for (int i = 0; i < MAX_PINNED; i++)
+    if (address >= pinned[i].start && address < pinned[i].start + pinned[i].bytes) return &pinned[i];
+  return NULL;
+}
+
+aclError aclrtFreeHost(void *address) {
+  pthread_mutex_lock(&memory_lock);
+  Piece *piece = find_pinned(address);
+  if (piece) *piece = (Piece){0};
+  pthread_mutex_unlock(&memory_lock);
+  return free(address), OK;
+}
+
+static int can_copy(const void *address) { return on_device(address) || find_pinned(address); }
 
 aclError aclrtGetMemInfo(aclrtMemAttr kind, size_t *free_bytes, size_t *total) {
   *total = total_bytes();
@@ -191,71 +214,41 @@ aclError aclrtPointerGetAttributes(const void *address, aclrtPtrAttributes *attr
   return OK;
 }
 
-aclError aclrtMemcpy(void *to, size_t room, const void *from, size_t bytes, aclrtMemcpyKind kind) {
-  if (bytes > room) return emulated_error("aclrtMemcpy: %zu bytes into %zu", bytes, room), NO_MEMORY;
-  return memmove(emulated_host(to), emulated_host(from), bytes), OK;
+static int do_copy(void *copy) {
+  Copy *c = copy;
+  return memmove(emulated_host(c->to), emulated_host(c->from), c->bytes), OK;
 }
 
+static int do_fill(void *fill) {
+  Fill *f = fill;
+  return memset(emulated_host(f->to), f->value, f->bytes), OK;
+}
+
+static aclError copy(void *to, size_t room, const void *from, size_t bytes) {
+  if (bytes > room) return emulated_error("aclrtMemcpy: %zu bytes into %zu", bytes, room), NO_MEMORY;
+  return do_copy(&(Copy){to, from, bytes});
+}
+
+aclError aclrtMemcpy(void *to, size_t room, const void *from, size_t bytes, aclrtMemcpyKind kind) {
+  aclError unsafe = emulated_unsafe("aclrtMemcpy");
+  return unsafe ? unsafe : copy(to, room, from, bytes);
+}
+
+// Of pages that the host may swap out it is no asynchronous copy.
 aclError aclrtMemcpyAsync(
     void *to, size_t room, const void *from, size_t bytes, aclrtMemcpyKind kind, aclrtStream stream) {
-  return aclrtMemcpy(to, room, from, bytes, kind);
+  aclError unsafe = can_copy(to) && can_copy(from) ? OK : emulated_unsafe("aclrtMemcpyAsync of memory that is not pinned");
+  if (unsafe || emulated_stream_state(stream) == STREAM_WORKS) return unsafe ? unsafe : copy(to, room, from, bytes);
+  return emulated_add_task(stream, do_copy, &(Copy){to, from, bytes}, sizeof(Copy));
 }
 
 aclError aclrtMemset(void *to, size_t room, int32_t value, size_t bytes) {
   if (bytes > room) return emulated_error("aclrtMemset: %zu bytes into %zu", bytes, room), NO_MEMORY;
-  return memset(emulated_host(to), value, bytes), OK;
+  aclError unsafe = emulated_unsafe("aclrtMemset");
+  return unsafe ? unsafe : do_fill(&(Fill){to, value, bytes});
 }
 
 aclError aclrtMemsetAsync(void *to, size_t room, int32_t value, size_t bytes, aclrtStream stream) {
-  return aclrtMemset(to, room, value, bytes);
-}
-
-// ---- streams and events: all is done when a call returns
-
-static aclError make_handle(void **handle) { return (*handle = calloc(1, sizeof(Event))) ? OK : NO_MEMORY; }
-
-aclError aclrtCreateStream(aclrtStream *stream) { return make_handle(stream); }
-aclError aclrtCreateStreamWithConfig(aclrtStream *stream, uint32_t priority, uint32_t flag) { return make_handle(stream); }
-aclError aclrtDestroyStream(aclrtStream stream) { return free(stream), OK; }
-aclError aclrtDestroyStreamForce(aclrtStream stream) { return free(stream), OK; }
-aclError aclrtSetStreamFailureMode(aclrtStream stream, uint64_t mode) { return OK; }
-aclError aclrtSetStreamOverflowSwitch(aclrtStream stream, uint32_t flag) { return OK; }
-aclError aclrtGetStreamOverflowSwitch(aclrtStream stream, uint32_t *flag) { return *flag = 0, OK; }
-aclError aclrtSetStreamAttribute(aclrtStream stream, aclrtStreamAttr attribute, aclrtStreamAttrValue *value) { return OK; }
-aclError aclrtStreamGetId(aclrtStream stream, int32_t *id) { return *id = 1, OK; }
-aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus *status) { return *status = ACL_STREAM_STATUS_COMPLETE, OK; }
-
-aclError aclrtSynchronizeStream(aclrtStream stream) {
-  const char *fault = getenv("EMULATED_FAULT"), *path = fault ? strchr(fault, ':') : NULL;
-  if (!path || atoi(fault) != current_device || access(path + 1, F_OK)) return OK;
-  emulated_error("EZ9999: the error from device(chipId:%d): the aicore execution is abnormal", current_device);
-  return AICORE_EXCEPTION;
-}
-
-aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t timeout) { return aclrtSynchronizeStream(stream); }
-aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) { return OK; }
-aclError aclrtSubscribeReport(uint64_t thread, aclrtStream stream) { return OK; }
-aclError aclrtUnSubscribeReport(uint64_t thread, aclrtStream stream) { return OK; }
-aclError aclrtCreateEventWithFlag(aclrtEvent *event, uint32_t flag) { return make_handle(event); }
-aclError aclrtCreateEventExWithFlag(aclrtEvent *event, uint32_t flag) { return make_handle(event); }
-aclError aclrtDestroyEvent(aclrtEvent event) { return free(event), OK; }
-aclError aclrtResetEvent(aclrtEvent event, aclrtStream stream) { return OK; }
-aclError aclrtSynchronizeEvent(aclrtEvent event) { return OK; }
-
-aclError aclrtQueryEventStatus(aclrtEvent event, aclrtEventRecordedStatus *status) {
-  return *status = ACL_EVENT_RECORDED_STATUS_COMPLETE, OK;
-}
-
-aclError aclrtQueryEventWaitStatus(aclrtEvent event, aclrtEventWaitStatus *status) {
-  return *status = ACL_EVENT_WAIT_STATUS_COMPLETE, OK;
-}
-
-aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream) {
-  return clock_gettime(CLOCK_MONOTONIC, &((Event *)event)->recorded), OK;
-}
-
-aclError aclrtEventElapsedTime(float *ms, aclrtEvent start, aclrtEvent end) {
-  struct timespec *from = &((Event *)start)->recorded, *to = &((Event *)end)->recorded;
-  *ms = (float)((double)(to->tv_sec - from->tv_sec) * 1e3 + (double)(to->tv_nsec - from->tv_nsec) / 1e6);
-  return OK;
+  if (emulated_stream_state(stream) == STREAM_WORKS) return aclrtMemset(to, room, value, bytes);
+  return emulated_add_task(stream, do_fill, &(Fill){to, value, bytes}, sizeof(Fill));
 }

@@ -236,69 +236,97 @@ static void put_total(Comm *comm, char *to, size_t first, size_t count, uint32_t
   for (uint32_t i = 1; i < comm->size; i++) reduce(to, slot(comm, i) + first, count, type, op);
 }
 
-int HcclAllReduce(void *from, void *to, uint64_t count, uint32_t type, uint32_t op, Comm *comm, void *stream) {
-  Call call = {"HcclAllReduce", count, type, op, 0};
-  int status = check(&call, 1, from, to);
-  char *in = emulated_host(from), *out = emulated_host(to);
-  for (size_t done = 0; !status && done < count;) {
-    size_t now = least(count - done, SLOT / TYPE_BYTES[type]), at = done * TYPE_BYTES[type];
-    memcpy(slot(comm, comm->rank), in + at, now * TYPE_BYTES[type]);
-    status = agree(comm, &call);
-    if (status) break;
-    put_total(comm, out + at, 0, now, type, op);
-    status = part(comm);
+typedef struct { Call call; char *from, *to; Comm *comm; } Asked;
+
+// Now, or where the stream is captured as a task of its graph: then no rank waits for another until it is replayed.
+static int give(void *stream, Work *work, Asked asked, int reduces) {
+  int status = check(&asked.call, reduces, asked.from, asked.to);
+  if (status) return status;
+  asked.from = emulated_host(asked.from);
+  asked.to = emulated_host(asked.to);
+  return stream && emulated_stream_state(stream) ? emulated_add_task(stream, work, &asked, sizeof asked) : work(&asked);
+}
+
+static int all_reduce(void *arguments) {
+  Asked *a = arguments;
+  size_t bytes = TYPE_BYTES[a->call.type];
+  for (size_t done = 0; done < a->call.count;) {
+    size_t now = least(a->call.count - done, SLOT / bytes), at = done * bytes;
+    memcpy(slot(a->comm, a->comm->rank), a->from + at, now * bytes);
+    int status = agree(a->comm, &a->call);
+    if (status) return status;
+    put_total(a->comm, a->to + at, 0, now, a->call.type, a->call.op);
+    if ((status = part(a->comm))) return status;
     done += now;
   }
-  return status;
+  return SUCCESS;
+}
+
+static int reduce_scatter(void *arguments) {
+  Asked *a = arguments;
+  Comm *comm = a->comm;
+  size_t bytes = TYPE_BYTES[a->call.type], count = a->call.count;
+  for (size_t done = 0; done < count;) {
+    size_t now = least(count - done, SLOT / bytes / comm->size);
+    for (uint32_t i = 0; i < comm->size; i++)
+      memcpy(slot(comm, comm->rank) + i * now * bytes, a->from + (i * count + done) * bytes, now * bytes);
+    int status = agree(comm, &a->call);
+    if (status) return status;
+    put_total(comm, a->to + done * bytes, comm->rank * now * bytes, now, a->call.type, a->call.op);
+    if ((status = part(comm))) return status;
+    done += now;
+  }
+  return SUCCESS;
+}
+
+static int all_gather(void *arguments) {
+  Asked *a = arguments;
+  Comm *comm = a->comm;
+  size_t bytes = TYPE_BYTES[a->call.type], count = a->call.count;
+  for (size_t done = 0; done < count;) {
+    size_t now = least(count - done, SLOT / bytes);
+    memcpy(slot(comm, comm->rank), a->from + done * bytes, now * bytes);
+    int status = agree(comm, &a->call);
+    if (status) return status;
+    for (uint32_t i = 0; i < comm->size; i++)
+      memcpy(a->to + (i * count + done) * bytes, slot(comm, i), now * bytes);
+    if ((status = part(comm))) return status;
+    done += now;
+  }
+  return SUCCESS;
+}
+
+static int broadcast(void *arguments) {
+  Asked *a = arguments;
+  Comm *comm = a->comm;
+  size_t bytes = TYPE_BYTES[a->call.type], count = a->call.count;
+  uint32_t root = a->call.root;
+  for (size_t done = 0; done < count;) {
+    size_t now = least(count - done, SLOT / bytes);
+    if (comm->rank == root) memcpy(slot(comm, root), a->from + done * bytes, now * bytes);
+    int status = agree(comm, &a->call);
+    if (status) return status;
+    if (comm->rank != root) memcpy(a->to + done * bytes, slot(comm, root), now * bytes);
+    if ((status = part(comm))) return status;
+    done += now;
+  }
+  return SUCCESS;
+}
+
+int HcclAllReduce(void *from, void *to, uint64_t count, uint32_t type, uint32_t op, Comm *comm, void *stream) {
+  return give(stream, all_reduce, (Asked){{"HcclAllReduce", count, type, op, 0}, from, to, comm}, 1);
 }
 
 int HcclReduceScatter(void *from, void *to, uint64_t count, uint32_t type, uint32_t op, Comm *comm, void *stream) {
-  Call call = {"HcclReduceScatter", count, type, op, 0};
-  int status = check(&call, 1, from, to);
-  char *in = emulated_host(from), *out = emulated_host(to);
-  for (size_t done = 0; !status && done < count;) {
-    size_t bytes = TYPE_BYTES[type], now = least(count - done, SLOT / bytes / comm->size);
-    for (uint32_t i = 0; i < comm->size; i++)
-      memcpy(slot(comm, comm->rank) + i * now * bytes, in + (i * count + done) * bytes, now * bytes);
-    status = agree(comm, &call);
-    if (status) break;
-    put_total(comm, out + done * bytes, comm->rank * now * bytes, now, type, op);
-    status = part(comm);
-    done += now;
-  }
-  return status;
+  return give(stream, reduce_scatter, (Asked){{"HcclReduceScatter", count, type, op, 0}, from, to, comm}, 1);
 }
 
 int HcclAllGather(void *from, void *to, uint64_t count, uint32_t type, Comm *comm, void *stream) {
-  Call call = {"HcclAllGather", count, type, 0, 0};
-  int status = check(&call, 0, from, to);
-  char *in = emulated_host(from), *out = emulated_host(to);
-  for (size_t done = 0; !status && done < count;) {
-    size_t bytes = TYPE_BYTES[type], now = least(count - done, SLOT / bytes);
-    memcpy(slot(comm, comm->rank), in + done * bytes, now * bytes);
-    status = agree(comm, &call);
-    if (status) break;
-    for (uint32_t i = 0; i < comm->size; i++) memcpy(out + (i * count + done) * bytes, slot(comm, i), now * bytes);
-    status = part(comm);
-    done += now;
-  }
-  return status;
+  return give(stream, all_gather, (Asked){{"HcclAllGather", count, type, 0, 0}, from, to, comm}, 0);
 }
 
 int HcclBroadcast(void *buffer, uint64_t count, uint32_t type, uint32_t root, Comm *comm, void *stream) {
-  Call call = {"HcclBroadcast", count, type, 0, root};
-  int status = check(&call, 0, buffer, buffer);
-  char *data = emulated_host(buffer);
-  for (size_t done = 0; !status && done < count;) {
-    size_t bytes = TYPE_BYTES[type], now = least(count - done, SLOT / bytes);
-    if (comm->rank == root) memcpy(slot(comm, root), data + done * bytes, now * bytes);
-    status = agree(comm, &call);
-    if (status) break;
-    if (comm->rank != root) memcpy(data + done * bytes, slot(comm, root), now * bytes);
-    status = part(comm);
-    done += now;
-  }
-  return status;
+  return give(stream, broadcast, (Asked){{"HcclBroadcast", count, type, 0, root}, buffer, buffer, comm}, 0);
 }
 
 // A fused product's sum, of numbers in host memory: by the communicator's name; how many ranks it has, or minus an error.
