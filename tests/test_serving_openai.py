@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CPU
-from openai import APIStatusError, AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
-from serve_cases import PICTURES, SQUARE, Server, data_url, picture_message
+from conftest import CPU, Case, config_for
+from openai import APIStatusError, APITimeoutError, AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
+from serve_cases import PICTURES, REPOSITORY, SQUARE, Server, data_url, picture_message, serve_config, served
 
-from mmdist.config import Config, ModelConfig, SamplingParams
+from mmdist.config import Config, SamplingParams
 from mmdist.engine.load import load_engine
 from mmdist.engine.request import Request
 from mmdist.media import load_image
@@ -20,6 +21,9 @@ from mmdist.tasks.requests import user_message
 from mmdist.tp import TP
 
 QUESTION = "What is in the picture?"
+SHAPES = REPOSITORY / "assets" / "llava_next-shapes"
+RANDOM = Case("llava_next_mistral")
+BOAT = RANDOM.folder / "inputs" / "panorama.png"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
 LOGPROBS: dict[str, Any] = {"logprobs": True, "top_logprobs": 3}
 WILD: dict[str, Any] = {"temperature": 2, "max_tokens": 24, "extra_body": {"ignore_eos": True}}
@@ -43,16 +47,16 @@ def text_of(answer: Any, index: int = 0) -> str:
     return answer.choices[index].message.content
 
 
-def offline_answer(path: Path, **params: Any) -> Any:
-    """The engine's last output, without any server."""
-    config = Config(model=ModelConfig(name="llava_next", demo_checkpoint="assets/llava_next-shapes"), dtype="float32")
+def offline_answers(path: Path, params: list[dict[str, Any]], config: Config) -> list[Any]:
+    """The engine's last outputs, without any server; each request alone."""
     engine = load_engine(config, TP(), CPU)
     prompt = engine.prompts.prompt(messages=[user_message(QUESTION, 1)], images=[load_image(path)])
-    return list(engine.generate([Request("0", prompt, SamplingParams(**params))]))[-1]
+    requests = [Request("0", prompt, SamplingParams(**{"max_new_tokens": 24, **one})) for one in params]
+    return [list(engine.generate([request]))[-1] for request in requests]
 
 
 def test_tokens_are_those_of_the_engine(client: OpenAI) -> None:
-    wanted = offline_answer(SQUARE, max_new_tokens=24, logprobs=3)
+    (wanted,) = offline_answers(SQUARE, [{"logprobs": 3}], config_for(SHAPES))
     answer = ask(client, SQUARE, **LOGPROBS, extra_body={"return_token_ids": True})
     (choice,) = answer.choices
     assert (choice.message.content, choice.finish_reason) == (wanted.text, wanted.finish_reason)
@@ -191,16 +195,30 @@ def test_models(client: OpenAI) -> None:
     assert (error.value.code, error.value.param) == ("model_not_found", "model")
 
 
-def test_a_client_that_leaves_frees_the_engine(server: Server, client: OpenAI) -> None:
+@pytest.mark.parametrize("streams", [True, False], ids=["stream", "whole"])
+def test_a_client_that_leaves_frees_the_engine(server: Server, client: OpenAI, streams: bool) -> None:
     before = server.metric("generation_tokens_total")
-    stream = ask(client, SQUARE, stream=True, max_tokens=400, extra_body={"ignore_eos": True})
-    for _, _ in zip(range(3), stream, strict=False):
-        pass
-    stream.close()
+    long: dict[str, Any] = {"max_tokens": 400, "n": 4, "extra_body": {"ignore_eos": True}}
+    if streams:
+        stream = ask(client, SQUARE, stream=True, **long)
+        assert len([chunk for _, chunk in zip(range(3), stream, strict=False)]) == 3
+        stream.close()
+    else:
+        with pytest.raises(APITimeoutError):
+            ask(client, SQUARE, timeout=0.5, **long)
     assert server.wait_for_metric("num_requests_running", 0)
-    assert server.metric("generation_tokens_total") - before < 300
-    whole = ask(client, SQUARE)
-    assert whole.choices[0].finish_reason == "stop"
+    assert server.metric("generation_tokens_total") - before < 1200
+    assert ask(client, SQUARE).choices[0].finish_reason == "stop"
+
+
+def test_another_request_cancels_one(server: Server, client: OpenAI) -> None:
+    long: dict[str, Any] = {"max_tokens": 400, "extra_body": {"ignore_eos": True, "request_id": "mine"}}
+    stream = ask(client, SQUARE, stream=True, n=2, **long)
+    assert next(iter(stream)).id == "chatcmpl-mine"
+    with server.client() as other:
+        assert other.post("/v2/models/llava_next/stopInfer", json={"id": "mine"}).status_code == 200
+    ends = [choice.finish_reason for chunk in stream for choice in chunk.choices if choice.finish_reason]
+    assert ends == ["abort", "abort"]
 
 
 def mixed_requests() -> list[dict[str, Any]]:
@@ -265,3 +283,60 @@ def test_errors_are_openais(client: OpenAI) -> None:
     assert error.value.status_code == 400
     body: Any = error.value.body
     assert set(body) == {"message", "type", "param", "code"} and body["param"] == "no_such"
+
+
+def test_usage_says_what_was_cached(client: OpenAI) -> None:
+    text = "Tell me about this one, which nobody has asked about before."
+    usages = [ask(client, SQUARE, text=text, n=2).usage for _ in range(2)]
+    first, again = (usage.prompt_tokens_details.cached_tokens for usage in usages)
+    assert first < again < usages[0].prompt_tokens and again >= usages[0].prompt_tokens - 16  # all but the last block
+
+
+PENALTIES: list[dict[str, Any]] = [
+    {"frequency_penalty": 1.5},
+    {"presence_penalty": 2.0},
+    {"repetition_penalty": 1.8},
+    {"logit_bias": {"5": 6.0}},
+    {"min_p": 0.2, "temperature": 1.5, "seed": 3},
+    {"top_p": 0.5, "top_k": 7, "temperature": 1.9, "seed": 3},
+    {"min_tokens": 20},
+    {"stop_token_ids": [5, 17]},
+    {"skip_special_tokens": False},
+]
+
+
+@pytest.fixture(scope="module")
+def golden() -> Iterator[OpenAI]:
+    """A checkpoint of random weights, which is never certain and knows every byte."""
+    with served(serve_config(RANDOM, "llava_next")) as url:
+        yield OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def test_sampling_is_the_engines(golden: OpenAI) -> None:
+    """Each field does what the engine's does; names differ where OpenAI's or vLLM's do."""
+    ours = {"min_tokens": "min_new_tokens"}
+    params = [{ours.get(name, name): value for name, value in fields.items()} for fields in PENALTIES]
+    plain, *wanted = offline_answers(BOAT, [{}, *params], config_for(RANDOM))
+    found = [ask(golden, BOAT, extra_body={"return_token_ids": True, **fields}).choices[0] for fields in PENALTIES]
+    assert [choice.token_ids for choice in found] == [output.token_ids for output in wanted]
+    assert [choice.message.content for choice in found] == [output.text for output in wanted]
+    assert sum(output.token_ids != plain.token_ids for output in wanted) >= 5  # they do something
+
+
+def test_json_follows_its_schema(golden: OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"shape": {"enum": ["circle", "square"]}, "count": {"type": "integer", "maximum": 99}},
+        "required": ["shape", "count"],
+        "additionalProperties": False,
+    }
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "shapes", "schema": schema}}
+    whole = ask(golden, BOAT, response_format=wanted, max_tokens=100)
+    texts, _ = collect(ask(golden, BOAT, response_format=wanted, max_tokens=100, stream=True))
+    anything = ask(golden, BOAT, response_format={"type": "json_object"}, max_tokens=3)
+    broken: Any = {"name": "shapes", "schema": {"type": "nothing"}}
+    with pytest.raises(BadRequestError):
+        ask(golden, BOAT, response_format={"type": "json_schema", "json_schema": broken})
+    answer = json.loads(text_of(whole))
+    assert set(answer) == {"shape", "count"} and texts == {0: text_of(whole)}
+    assert text_of(anything).startswith("{")

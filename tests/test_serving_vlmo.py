@@ -150,6 +150,11 @@ def test_routes_of_other_checkpoints(vqa: str, retrieval: str, server: Server) -
     assert all(path in message for path, (_, message, _) in zip(wanted, found, strict=False))
 
 
+def test_a_probe_asks_each(vqa: str, retrieval: str) -> None:
+    for url in (vqa, retrieval):
+        assert httpx.get(f"{url}/health?probe=true", timeout=60).status_code == 200
+
+
 def test_comparisons_wait_between_each_other(retrieval: str) -> None:
     """A large one lets a small one through: each step of theirs is a batch."""
     done: list[str] = []

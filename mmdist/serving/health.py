@@ -70,10 +70,13 @@ async def check_ranks(service: Service) -> None:
 
 
 async def generate_one(service: Service) -> None:
-    """Of a question about a picture, which every family takes."""
+    """Of a question about a picture, which every family takes; a checkpoint for retrieval looks at the picture."""
+    picture, name = Image.new("RGB", (16, 16)), f"probe {time.monotonic()}"
+    if service.encoder is not None and service.encoder.model.compares:
+        await service.compute(service.encoder.features([await service.prompt(images=[picture])]), name=name)
+        return
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
-    prompt = await service.prompt(messages=[question], images=[Image.new("RGB", (16, 16))])
-    name = f"probe {time.monotonic()}"
+    prompt = await service.prompt(messages=[question], images=[picture])
     async for _, output in service.generate(prompt, SamplingParams(max_new_tokens=1), name=name):
         if output.finish_reason in ("error", "timeout"):
             raise ServeError(503, output.error or output.finish_reason)

@@ -114,6 +114,7 @@ async def read_messages(service: Service, messages: Iterable[tuple[str, str | Se
         parts: Sequence[Any] = [TextPart(type="text", text=content)] if isinstance(content, str) else content
         found.messages.append({"role": role, "content": [plain_part(part, images, videos) for part in parts]})
     check_count(service, len(images) + len(videos))
+    service.check_videos(len(videos))
     found.images = await read_images(service, images)
     found.videos = await gather([service.media.video(address(source)) for source in videos])
     return found

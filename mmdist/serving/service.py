@@ -51,7 +51,6 @@ class Service:
         self._prompt_thread = ThreadPoolExecutor(1, "prompts")
         self._numbers = count()
         self._calls: dict[str, tuple[Call, int]] = {}  # by the engine's id
-        self._named: dict[str, Call] = {}
         self.event_loop: asyncio.AbstractEventLoop | None = None  # set when the server starts
         self.problem: str | None = None  # why no request can be answered any more
         self.stopping = False
@@ -94,14 +93,18 @@ class Service:
         """Chat messages (parts {"type": "text"|"image"|"video"}), raw text, or tokens -> Prompt; ServeError 422."""
         if token_ids is not None:
             return self._token_prompt(token_ids)
-        if videos and not self.processor.takes_video:
-            raise ServeError(422, f"{self.config.model.name} takes pictures, no videos")
+        self.check_videos(len(videos))
         media: dict[str, Any] = {"images": list(images)} | ({"videos": list(videos)} if videos else {})
         build = partial(self._prompts.prompt, messages=messages, text=text, **media)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._prompt_thread, build)
         except UserError as error:
             raise ServeError(422, str(error)) from error
+
+    def check_videos(self, count: int) -> None:
+        """ServeError 422 where the family takes none; ask before reading them."""
+        if count and not self.processor.takes_video:
+            raise ServeError(422, f"{self.config.model.name} takes pictures, no videos")
 
     def _token_prompt(self, token_ids: list[int]) -> Prompt:
         size = getattr(self.engine_loop.engine.model, "vocab_size", 0)
@@ -170,7 +173,6 @@ class Service:
         call = Call(name, [f"{next(self._numbers)}" for _ in range(n)])
         call.open = set(range(n))
         self._calls.update({id: (call, index) for index, id in enumerate(call.ids)})
-        self._named[name] = call
         return call
 
     def check_room(self, n: int = 1) -> None:
@@ -208,15 +210,13 @@ class Service:
         self._end(call, "abort", "")
         for id in call.ids:
             del self._calls[id]
-        if self._named.get(call.name) is call:
-            del self._named[call.name]
 
     def cancel(self, name: str) -> bool:
         """End a request by the id its client gave it, with finish_reason abort; False where there is none."""
-        call = self._named.get(name)
-        if call is not None:
+        calls = {call for call, _ in self._calls.values() if call.name == name}
+        for call in calls:
             self._end(call, "abort", "")
-        return call is not None
+        return bool(calls)
 
     def _end(self, call: Call, reason: str, error: str) -> None:
         for index in call.open:

@@ -8,13 +8,13 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
 from mmdist.engine.request import Output
 from mmdist.models.base import Processor
+from mmdist.serving import VERSION
 from mmdist.serving.errors import ServeError
 from mmdist.serving.formats.openai_schema import Sampling
 from mmdist.serving.messages import token_text
@@ -31,7 +31,7 @@ def fingerprint(service: Service) -> str:
     """Changes with what can change an answer: version, checkpoint, ranks, numbers' formats."""
     config = service.config
     settings = (config.model, config.checkpoint, config.world_size, config.dtype, config.quant, config.hardware)
-    return f"mmdist-{version('mmdist')}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}"
+    return f"mmdist-{VERSION}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}"
 
 
 class Logprobs:
