@@ -48,6 +48,8 @@ def test_requests_and_answers(caplog: pytest.LogCaptureFixture) -> None:
         {"id": "both", "image": column, "question": "Where?", "prompt": "Where?"},
         {"id": "turns", "messages": [message, {"role": "assistant", "content": "here"}, message], "images": [column]},
         {"id": "two", "messages": [{**message, "content": message["content"] * 2}], "images": [column, column]},
+        {"id": "form", "image": column, "question": "Where?", "json_schema": {}},
+        {"id": "penalty", "image": column, "question": "Where?", "presence_penalty": 1},
     ]
     code, got = run_generate(plain("vlmo_vqa"), input=write(lines))
     assert code == 1
@@ -68,6 +70,8 @@ def test_requests_and_answers(caplog: pytest.LogCaptureFixture) -> None:
         "half": 'a "question" has an "image" and an "image" a "question", both text',
         "both": '"question" and "image" stand alone, without "messages", "prompt", "images" or "video"',
         "two": "VLMo looks at one picture, 2 are given",
+        "form": "json_schema={}: this model chooses one answer of a list; leave it out",
+        "penalty": "presence_penalty=1: this model chooses one answer of a list; leave it out",
         "turns": "VLMo answers single questions: give one message of a user, not user, assistant, user",
     }
 
