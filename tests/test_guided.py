@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema
 import pytest
 import torch
 from conftest import Case, answers, config_for, run_engine
+from serve_cases import serve_config, served
 
 from mmdist.config import SamplingParams, UserError
 from mmdist.engine.engine import Engine
@@ -173,3 +175,15 @@ def test_a_grammar_that_fails_ends_its_own_request_alone(mistral: Case) -> None:
     found = run_engine(1, config_for(mistral), work)
     assert found["0"].finish_reason == "error" and "grammar of the answer" in found["0"].error
     assert found["1"].finish_reason == "length" and found["1"].num_tokens == 8
+
+
+def test_over_http(mistral: Case) -> None:
+    """Compiled in the service's own thread: a bad form is the client's mistake, and the next request is answered."""
+    with served(serve_config(mistral, mistral.model)) as url:
+        forms = [{"type": "regex", "value": "(a"}, {"type": "regex", "value": "[a-z]{5}"}]
+        bad, good = (
+            httpx.post(f"{url}/generate", json={"inputs": "hi", "parameters": {"grammar": form}}, timeout=60)
+            for form in forms
+        )
+    assert bad.status_code == 422 and "unclosed group" in bad.json()["error"]
+    assert good.status_code == 200 and re.fullmatch("[a-z]{5}", good.json()["generated_text"])

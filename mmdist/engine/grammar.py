@@ -110,8 +110,7 @@ def build_vocabulary(guidance: Any, tokenizer: Any, eos_token_ids: list[int]) ->
     if isinstance(tokenizer, SentencePieceProcessor):
         wrapper = guidance.TokenizerWrapper(Pieces(tokenizer))
         return guidance.LLTokenizer(wrapper, eos_token=eos_token_ids)
-    whole_words = tokenizer.backend_tokenizer.decoder is None  # and what stands between them is in no token
-    if whole_words or not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
+    if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast) or tokenizer.backend_tokenizer.decoder is None:
         raise UserError(
             "json_schema and regex: the tokens of this checkpoint are whole words, which spell no other text"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -95,9 +95,12 @@ class Service:
             return self._token_prompt(token_ids)
         self.check_videos(len(videos))
         media: dict[str, Any] = {"images": list(images)} | ({"videos": list(videos)} if videos else {})
-        build = partial(self._prompts.prompt, messages=messages, text=text, **media)
+        return await self._aside(partial(self._prompts.prompt, messages=messages, text=text, **media))
+
+    async def _aside(self, work: Callable[[], T]) -> T:
+        """In the prompt thread; ServeError 422."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._prompt_thread, build)
+            return await asyncio.get_running_loop().run_in_executor(self._prompt_thread, work)
         except UserError as error:
             raise ServeError(422, str(error)) from error
 
@@ -129,6 +132,8 @@ class Service:
         be taken or its time is over; an answer that fails later ends with finish_reason error, abort or timeout.
         Leaving the iterator early stops the computation.
         """
+        if params.json_schema is not None or params.regex is not None:  # compiled while the engine steps
+            await self._aside(partial(self.engine_loop.engine.check_params, params))
         call = self._open(name, n)
         limit = min(timeout_s or float("inf"), self.config.server.request_timeout_s)
         alarm = asyncio.get_running_loop().call_later(limit, self._end, call, "timeout", f"not finished in {limit:g} s")
