@@ -125,12 +125,12 @@ def test_its_memory_is_planned_on_rank_0(mistral: Case) -> None:
         EngineConfig(embedding_cache_mib=-1)
 
 
+@pytest.mark.parametrize("allowed", (24, 512))
 @pytest.mark.parametrize("name", ("llava_next_mistral", "mllama", "minigpt4"))
-def test_running_answers_go_on_beside_pictures(name: str) -> None:
+def test_running_answers_go_on_beside_pictures(name: str, allowed: int) -> None:
     """A request answers; three more come with pictures of their own: every step gives the first one its token, encodes
     for one request (or one picture) at most and computes no more of the prompts than allowed. The order stays."""
     case = Case(name)
-    allowed = 24
 
     def work(engine: Engine) -> Any:
         first, *others = (case.request(engine, i, max_new_tokens=60, ignore_eos=True) for i in [*case.items][:4])

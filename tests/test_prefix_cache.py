@@ -205,6 +205,9 @@ def test_two_users_of_a_block() -> None:
     assert blocks.num_used == 3 and not blocks.can_grow(sequence([2] * 9), 9)
     blocks.release(second)
     assert blocks.num_used == 0 and sorted(blocks.free) == [2, 3]
+    long = sequence([1] * 8 + [5] * 12)  # what is found of it is no room for the rest
+    found = blocks.find(long)
+    assert found == [0, 1] and blocks.can_start(long, found, 16) and not blocks.can_start(long, found, 20)
 
 
 def step(scheduler: Scheduler) -> list[tuple[int, int]]:
@@ -226,10 +229,10 @@ def test_who_shares_most_waits_for_it() -> None:
     scheduler = Scheduler(
         EngineConfig(max_num_seqs=8), BlockManager(100, BLOCK, finds_prefixes=True), EmbeddingCache(0)
     )
-    for token_ids in ([1] * 40, [1] * 41, [1] * 8 + [2] * 42):
+    for token_ids in ([1] * 8 + [2] * 42, [1] * 40, [1] * 41):
         scheduler.add(sequence(token_ids))
-    assert step(scheduler) == [(40, 40)]
-    assert step(scheduler) == [(40, 1), (41, 1), (50, 42)]
+    assert step(scheduler) == [(50, 50), (40, 40)]
+    assert step(scheduler) == [(50, 1), (40, 1), (41, 1)]
 
 
 def test_what_measures_and_compares_keeps_nothing() -> None:
