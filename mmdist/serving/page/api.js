@@ -34,7 +34,7 @@ async function errorText(response) {
   }
 }
 
-// body: of /v1/chat/completions. Yields each chunk; throws a ServerError, or an AbortError after signal.
+// body: of /v1/chat/completions. Yields each chunk and when it arrived (ms; several may arrive as one); throws a ServerError, or an AbortError after signal.
 export async function* streamAnswer(body, key, signal) {
   const headers = { "Content-Type": "application/json" };
   if (key) headers.Authorization = `Bearer ${key}`;
@@ -43,11 +43,11 @@ export async function* streamAnswer(body, key, signal) {
     const busy = response.status === 429 ? "The server is busy: " : "";
     throw new ServerError(busy + (await errorText(response)), response.status);
   }
-  for await (const data of events(response.body)) {
+  for await (const { data, arrived } of events(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
     if (chunk.error) throw new ServerError(chunk.error.message ?? String(chunk.error), 500);
-    yield chunk;
+    yield { chunk, arrived };
   }
   throw new ServerError("The connection ended before the answer did.", 0);
 }
@@ -59,10 +59,11 @@ async function* events(stream) {
     for (;;) {
       const { value, done } = await reader.read();
       if (done) return;
+      const arrived = performance.now();
       const lines = (rest + value).split("\n");
       rest = lines.pop();
       for (const line of lines) {
-        if (line.startsWith("data:")) yield line.slice(5).trim();
+        if (line.startsWith("data:")) yield { data: line.slice(5).trim(), arrived };
       }
     }
   } catch (error) {

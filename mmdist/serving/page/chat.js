@@ -4,7 +4,7 @@ import { ServerError, streamAnswer } from "./api.js";
 import { asPart, megabytes } from "./media.js";
 
 const TITLE_LENGTH = 60;
-const SHORT_MS = 50; // less than this says more of the network than of the model
+const SHORT_MS = 10; // less than this says more of the network than of the model
 
 export const newChat = () => ({ id: crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`, title: "", updated: 0, messages: [] });
 
@@ -57,17 +57,14 @@ async function requestBody(messages, config, settings) {
 // Fills `answer`, the last of the chat's messages; grown(delta) after each piece. Never throws.
 export async function fill(answer, chat, config, settings, signal, grown) {
   Object.assign(answer, { text: "", state: "running", error: null, status: null, figures: {} });
-  const start = performance.now();
-  let first = 0;
+  const clock = { start: performance.now(), first: 0, firstTokens: 0 };
   try {
     const body = await requestBody(chat.messages, config, settings);
-    for await (const chunk of streamAnswer(body, settings.key, signal)) {
-      const now = performance.now();
+    for await (const { chunk, arrived } of streamAnswer(body, settings.key, signal)) {
       const choice = chunk.choices[0];
       const delta = choice?.delta?.content ?? "";
-      if (delta && !first) first = now;
       answer.text += delta;
-      measure(answer.figures, { start, first, now, tokens: chunk.usage?.completion_tokens, fresh: delta !== "" });
+      measure(answer.figures, clock, arrived, delta, chunk.usage?.completion_tokens);
       if (choice?.finish_reason) answer.figures.finish = choice.finish_reason;
       grown(delta);
     }
@@ -79,23 +76,24 @@ export async function fill(answer, chat, config, settings, signal, grown) {
   answer.figures.limit = settings.maxTokens;
 }
 
-// figures.first: seconds to the first token. figures.rate: tokens a second after it; of an answer that came (nearly) at
-// once, counted from the question, which is `atLeast`.
-function measure(figures, { start, first, now, tokens, fresh }) {
+// figures.first: seconds to the first token. figures.rate: tokens a second after what arrived with it.
+function measure(figures, clock, arrived, delta, tokens) {
   if (tokens !== undefined) figures.tokens = tokens;
-  if (!first || !fresh || !figures.tokens) return;
-  figures.first = (first - start) / 1000;
-  figures.atLeast = now - first < SHORT_MS;
-  figures.rate = figures.atLeast ? (figures.tokens * 1000) / (now - start) : ((figures.tokens - 1) * 1000) / (now - first);
+  if (!delta) return;
+  clock.first ||= arrived;
+  if (arrived === clock.first) clock.firstTokens = figures.tokens;
+  const elapsed = arrived - clock.first;
+  figures.first = (clock.first - clock.start) / 1000;
+  if (elapsed > SHORT_MS) figures.rate = ((figures.tokens - clock.firstTokens) * 1000) / elapsed;
 }
 
 const ENDS = { abort: "ended by the server", timeout: "out of time" };
 
 export function describe(answer) {
-  const { tokens, rate, atLeast, first, finish, limit } = answer.figures ?? {};
+  const { tokens, rate, first, finish, limit } = answer.figures ?? {};
   const words = [];
   if (tokens) words.push(`${tokens}\u00a0${tokens === 1 ? "token" : "tokens"}`);
-  if (rate && tokens > 1) words.push(`${atLeast ? "over " : ""}${rate.toFixed(rate < 100 ? 1 : 0)}\u00a0tokens/s`);
+  if (rate) words.push(`${rate.toFixed(rate < 100 ? 1 : 0)}\u00a0tokens/s`);
   if (first) words.push(`first token ${first.toFixed(2)}\u00a0s`);
   if (answer.state === "stopped") words.push("stopped");
   if (finish === "length") words.push(tokens === limit ? "cut at the most tokens (settings)" : "cut: the model takes no more");

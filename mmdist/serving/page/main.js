@@ -44,7 +44,9 @@ async function connect() {
   find("state").textContent = "";
   document.title = find("model").textContent = config.model;
   find("files").accept = acceptedTypes(config).join(",");
-  find("attach").setAttribute("aria-label", config.takes_video ? "Add a picture or video" : "Add a picture");
+  const media = config.takes_video ? "a picture or video" : "a picture";
+  find("attach").setAttribute("aria-label", `Add ${media}`);
+  find("ask-about").textContent = `Ask about ${media}`;
   find("question").placeholder = config.example_prompt ?? "Ask something";
   find("hint").textContent = config.single_turn ? "This model has no conversation: each question stands alone, with its own picture." : "";
   find("example").hidden = !config.example;
