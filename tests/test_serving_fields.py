@@ -92,7 +92,7 @@ VLLM: dict[str, tuple[Any, ...]] = {
     "top_p": (0, 1.5, "1"),
     "top_k": (-2, 1.5, "1"),
     "min_p": (-1, 2, "0"),
-    "seed": (-2, 2**64, "1"),
+    "seed": (-(2**63) - 1, 2**63, "1"),
     "repetition_penalty": (0, 1000, "1"),
     "frequency_penalty": (-3, 3, "0"),
     "presence_penalty": (-3, 3, "0"),

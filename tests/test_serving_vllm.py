@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import httpx
 import pytest
 from format_cases import NUM_LONG, PARTS, QUESTION, leave_midway
-from serve_cases import Server, running_server
+from serve_cases import Server, serve_config, served
 
 from mmdist.config import UserError
+from mmdist.shipped import SHIPPED
 from mmdist.task_config import ServerConfig
 
 GREEDY: dict[str, Any] = {"prompt": QUESTION, "temperature": 0}
@@ -25,12 +27,12 @@ def client(server: Server) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One place, no queue, and MindIE's way to stream."""
-    words = ("server.vllm_stream=nul_delta", "engine.max_num_seqs=1", "server.max_queue=0")
-    with running_server(tmp_path_factory.mktemp("small"), "model=llava", "world_size=1", *words) as server:
-        yield server
-    assert server.process.returncode == 0, server.log.read_text()
+def small() -> Iterator[httpx.Client]:
+    """Of a server with one place, no queue, and MindIE's way to stream."""
+    config = serve_config(SHIPPED / "assets" / "llava-shapes", "llava", max_queue=0, vllm_stream="nul_delta")
+    config = replace(config, engine=replace(config.engine, max_num_seqs=1))
+    with served(config) as url, httpx.Client(base_url=url, timeout=60) as client:
+        yield client
 
 
 def test_prompt_and_answer_are_one_text(client: httpx.Client, offline: dict[str, Any]) -> None:
@@ -51,11 +53,10 @@ def test_lines_of_everything_so_far(client: httpx.Client) -> None:
         assert all(new.startswith(old) for old, new in zip(before, after, strict=True))
 
 
-def test_chunks_of_what_is_new(small: Server) -> None:
+def test_chunks_of_what_is_new(small: httpx.Client) -> None:
     asked = {**GREEDY, "max_tokens": 4, "ignore_eos": True}
-    with small.client() as client:
-        (whole,) = client.post("/generate", json=asked).json()["text"]
-        streamed = client.post("/generate", json={**asked, "stream": True})
+    (whole,) = small.post("/generate", json=asked).json()["text"]
+    streamed = small.post("/generate", json={**asked, "stream": True})
     *chunks, rest = streamed.text.split("\0")
     texts = [json.loads(chunk)["text"] for chunk in chunks]
     assert rest == "" and len(texts) == 4 and all(len(text) == 1 for text in texts)
@@ -76,23 +77,23 @@ def test_a_client_that_leaves_is_forgotten(server: Server, client: httpx.Client)
     assert server.wait_for_metric("num_requests_running", 0)
 
 
-def test_a_busy_server_says_so_in_every_format(small: Server) -> None:
+def test_a_busy_server_says_so_in_every_format(small: httpx.Client) -> None:
     running = {**GREEDY, "max_tokens": NUM_LONG, "ignore_eos": True, "stream": True}
-    with small.client() as first, small.client() as client, first.stream("POST", "/generate", json=running) as stream:
+    with small.stream("POST", "/generate", json=running) as stream:
         chunks = stream.iter_bytes()  # held: without it the stream would end
         next(chunks)
         found = {
-            path: client.post(path, json=body)
+            path: small.post(path, json=body)
             for path, body in {
                 "/generate": {"inputs": QUESTION},
                 "/infer": {"inputs": QUESTION},
                 "/v2/models/llava/generate": {"text_input": QUESTION},
             }.items()
         }
-        found["vllm"] = client.post("/generate", json=GREEDY)
-        states = {name: client.get(f"/v2/health/{name}").status_code for name in ("live", "ready")}
-        ready = client.get("/v2/models/llava/ready").status_code
-        slots = client.get("/v2/models/llava/getSlotCount").json()
+        found["vllm"] = small.post("/generate", json=GREEDY)
+        states = {name: small.get(f"/v2/health/{name}").status_code for name in ("live", "ready")}
+        ready = small.get("/v2/models/llava/ready").status_code
+        slots = small.get("/v2/models/llava/getSlotCount").json()
     assert {path: answer.status_code for path, answer in found.items()} == dict.fromkeys(found, 429)
     assert all(answer.headers["retry-after"] == "1" for answer in found.values())
     assert found["/generate"].json()["error_type"] == "overloaded"

@@ -97,7 +97,7 @@ class EncoderEngine:
 
     def step(self) -> list[Output]:
         """Answer a batch of the requests that wait."""
-        batch = list(islice(self.waiting.values(), self.max_num_seqs))
+        batch = sorted(self.waiting.values(), key=lambda request: request.priority)[: self.max_num_seqs]
         for request in batch:
             del self.waiting[request.id]
         return list(self._answer(batch))

@@ -16,14 +16,18 @@ from mmdist.engine.logits_processors import LogitsProcessors
 from mmdist.engine.output import Output, failed
 from mmdist.models.base import Prompt
 
-__all__ = ["Output", "Request", "Sequence", "failed"]
+__all__ = ["LEAST_URGENT", "Output", "Request", "Sequence", "failed"]
+LEAST_URGENT = 5
 
 
 @dataclass
 class Request:
+    """priority: 1 to 5; those with a smaller one are begun before the others that wait."""
+
     id: str
     prompt: Prompt
     params: SamplingParams
+    priority: int = LEAST_URGENT
 
 
 @dataclass(eq=False)

@@ -34,7 +34,8 @@ class Room:
 
 
 class Scheduler:
-    """Running sequences first, in order of arrival; then new ones, in order too, while tokens, places and blocks last.
+    """Running sequences first, in order of arrival; then new ones, by priority and in order too, while tokens, places
+    and blocks last.
 
     A long prompt is prefilled in chunks beside the others' decoding; the chunks, and the pictures encoded for them, are
     few then, so that no one's answer stands still for long. When blocks run out, the youngest sequence gives its own
@@ -51,7 +52,11 @@ class Scheduler:
         self.num_preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        """Behind those that wait and are as urgent."""
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].request.priority > sequence.request.priority:
+            place -= 1
+        self.waiting.insert(place, sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that is finished or no longer wanted."""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from mmdist.config import SamplingParams, UserError
 from mmdist.engine.encoder import EncoderEngine
 from mmdist.engine.loop import EngineLoop
-from mmdist.engine.request import Output, Request, failed
+from mmdist.engine.request import LEAST_URGENT, Output, Request, failed
 from mmdist.models.base import Processor, Prompt
 from mmdist.serving.errors import ServeError
 from mmdist.serving.metrics import Metrics
@@ -125,23 +125,24 @@ class Service:
         name: str,
         n: int = 1,
         timeout_s: float | None = None,
+        priority: int = LEAST_URGENT,
     ) -> AsyncGenerator[tuple[int, Output], None]:
         """(answer 0 to n - 1, its next output) as they come; each answer's last output has its finish_reason.
 
-        name: the client's id of the request, for cancel(). ServeError before the first output where the request cannot
-        be taken or its time is over; an answer that fails later ends with finish_reason error, abort or timeout.
-        Leaving the iterator early stops the computation.
+        name: the client's id of the request, for cancel(). priority: as Request's. ServeError before the first output
+        where the request cannot be taken or its time is over; an answer that fails later ends with finish_reason error,
+        abort or timeout. Leaving the iterator early stops the computation.
         """
         if params.json_schema is not None or params.regex is not None:  # compiled while the engine steps
             await self._aside(partial(self.engine_loop.engine.check_params, params))
-        call = self._open(name, n)
+        call, request = self._open(name, n), Request(name, prompt, params, priority)
         limit = min(timeout_s or float("inf"), self.config.server.request_timeout_s)
         alarm = asyncio.get_running_loop().call_later(limit, self._end, call, "timeout", f"not finished in {limit:g} s")
         try:
-            self._submit(call, prompt, params, [0])
+            self._submit(call, request, [0])
             async for index, output in self._outputs(call):
                 if index == 0 and output.num_tokens == 1:  # the others share its prompt in the prefix cache
-                    self._submit(call, prompt, params, range(1, n))
+                    self._submit(call, request, range(1, n))
                 yield index, output
         finally:
             alarm.cancel()
@@ -193,10 +194,12 @@ class Service:
         if self.stopping:
             raise ServeError(503, "the server is stopping", retry_after=RETRY_S)
 
-    def _submit(self, call: Call, prompt: Prompt, params: SamplingParams, indices: Iterable[int]) -> None:
+    def _submit(self, call: Call, request: Request, indices: Iterable[int]) -> None:
+        """The request with the engine's ids, each with a seed of its own."""
         for index in indices:
-            seed = None if params.seed is None else params.seed + index
-            self.engine_loop.submit(Request(call.ids[index], prompt, replace(params, seed=seed)))
+            seed = None if request.params.seed is None else request.params.seed + index
+            params = replace(request.params, seed=seed)
+            self.engine_loop.submit(replace(request, id=call.ids[index], params=params))
 
     async def _outputs(self, call: Call) -> AsyncIterator[tuple[int, Output]]:
         begun = False

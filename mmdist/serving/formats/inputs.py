@@ -19,7 +19,7 @@ async def read_prompt(service: Service, field: str, content: Content, sources: S
     field: its name, for errors. ServeError 413, 422, 429, 503.
     """
     service.check_room()
-    if not content:
+    if not content and not sources:
         raise ServeError(422, f"{field} is empty", param=field)
     if isinstance(content, str):
         check_count(service, len(sources))
@@ -35,7 +35,13 @@ async def read_markdown_prompt(service: Service, field: str, content: Content) -
         return await read_prompt(service, field, content)
     sources = MARKDOWN_PICTURE.findall(content)
     text = MARKDOWN_PICTURE.sub(lambda found: service.processor.placeholder, content)
-    return await read_prompt(service, field, text or content, sources)
+    return await read_prompt(service, field, text, sources)
+
+
+def check_generates(service: Service, wanted: str) -> None:
+    """ServeError 422 where the family chooses one of the answers it knows."""
+    if service.encoder is not None:
+        raise ServeError(422, f"{wanted}: {service.model_name} generates no text; ask it for an answer alone")
 
 
 async def truncate(service: Service, prompt: Prompt, size: int, field: str) -> Prompt:

@@ -20,7 +20,7 @@ from mmdist.engine.request import Output
 from mmdist.models.base import Prompt
 from mmdist.serving.errors import ServeError
 from mmdist.serving.formats.answers import Answer, collect_answers
-from mmdist.serving.formats.inputs import read_prompt
+from mmdist.serving.formats.inputs import check_generates, read_prompt
 from mmdist.serving.formats.parameters import MindieParameters
 from mmdist.serving.health import ServiceOf
 from mmdist.serving.messages import Body, Content
@@ -60,6 +60,7 @@ class TokenizerRequest(Body):
 async def infer(request: Request, body: InferRequest, service: ServiceOf) -> Response:
     """An answer, or with stream its tokens as they come."""
     if body.inputs is None:
+        check_generates(service, "input_id")
         prompt = await service.prompt(token_ids=body.input_id)
     else:
         prompt = await read_prompt(service, "inputs", body.inputs)
@@ -69,12 +70,14 @@ async def infer(request: Request, body: InferRequest, service: ServiceOf) -> Res
 @router.post("/infer_token")
 async def infer_token(request: Request, body: InferTokenRequest, service: ServiceOf) -> Response:
     """/infer of tokens."""
+    check_generates(service, "/infer_token")
     return await respond(request, body, service, await service.prompt(token_ids=body.input_id))
 
 
 @router.post("/v1/tokenizer")
 async def tokenizer(body: TokenizerRequest, service: ServiceOf) -> dict[str, Any]:
     """How many tokens a prompt has, and their texts; tokens that make up one character have one text."""
+    check_generates(service, "/v1/tokenizer")
     prompt = await read_prompt(service, "inputs", body.inputs)
     count, most = len(prompt.token_ids), service.max_model_len
     if most is not None and count > most:
@@ -93,7 +96,7 @@ async def respond(
     wanted = body.parameters
     params = wanted.sampling()
     name = request.state.request_id
-    outputs = service.generate(prompt, params, name=name, timeout_s=wanted.timeout)
+    outputs = service.generate(prompt, params, name=name, **wanted.turn)
     if body.stream:
         answer = Answer()
         return sse(events(wanted, answer, await begin(request, outputs)))

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from mmdist.config import SamplingParams
+from mmdist.engine.request import LEAST_URGENT
 from mmdist.serving.messages import Body
 
 MAX_SEED = 2**64 - 1
@@ -58,8 +59,13 @@ class Parameters(Body):
 
 
 class MindieParameters(Parameters):
-    """watermark and batch_size change nothing, as in MindIE. timeout: seconds."""
+    """watermark and batch_size change nothing, as in MindIE. timeout: seconds. priority: 1 is the most urgent."""
 
-    priority: Annotated[int, Field(ge=1, le=5)] = 5
+    priority: Annotated[int, Field(ge=1, le=LEAST_URGENT)] = LEAST_URGENT
     timeout: Annotated[int, Field(gt=0, le=65535)] | None = None
     batch_size: Annotated[int, Field(gt=0)] | None = None
+
+    @property
+    def turn(self) -> dict[str, Any]:
+        """When Service.generate() computes it, and for how long."""
+        return {"priority": self.priority, "timeout_s": self.timeout}

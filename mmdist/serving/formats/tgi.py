@@ -20,7 +20,7 @@ from mmdist.serving import VERSION
 from mmdist.serving.errors import ServeError
 from mmdist.serving.formats import vllm
 from mmdist.serving.formats.answers import Answer, collect_answers, finish_reason
-from mmdist.serving.formats.inputs import plain_text, read_markdown_prompt, truncate
+from mmdist.serving.formats.inputs import check_generates, plain_text, read_markdown_prompt, truncate
 from mmdist.serving.formats.tgi_body import MAX_STOP, CompatRequest, TgiRequest
 from mmdist.serving.health import ServiceOf
 from mmdist.serving.service import Service
@@ -101,6 +101,9 @@ async def start(request: Request, body: TgiRequest, service: Service, *, stream:
     """ServeError 422 and what Service raises."""
     wanted = body.parameters
     wanted.check(service, stream=stream)
+    for field in ("decoder_input_details", "top_n_tokens"):
+        if getattr(wanted, field):
+            check_generates(service, f"parameters.{field}")
     params = wanted.tgi_sampling(needs_logprobs=wanted.details or stream)
     wanted.seed = params.seed
     prompt = await read_markdown_prompt(service, "inputs", body.inputs)

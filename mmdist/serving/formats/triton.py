@@ -176,7 +176,7 @@ async def infer(request: Request, body: InferRequest, service: ServiceOf) -> Res
     params = read_sampling(body.parameters, tensors)
     prompt = await read_inputs(service, tensors)
     name = body.id or request.state.request_id
-    outputs = service.generate(prompt, params, name=name, timeout_s=body.parameters.timeout)
+    outputs = service.generate(prompt, params, name=name, **body.parameters.turn)
     (answer,) = await collect_answers(request, outputs)
     wanted, found = body.binary_outputs(), write_answer(body.parameters, tensors, answer)
     about = {"id": name, "model_name": service.model_name, "model_version": find_version(request)}
@@ -208,7 +208,7 @@ async def start(request: Request, body: GenerateRequest, service: Service) -> tu
     prompt = await read_prompt(service, "text_input", body.text_input, as_list(body.image))
     name = body.id or request.state.request_id
     about = {"id": name, "model_name": service.model_name, "model_version": find_version(request)}
-    return about, service.generate(prompt, params, name=name, timeout_s=body.parameters.timeout)
+    return about, service.generate(prompt, params, name=name, **body.parameters.turn)
 
 
 def find_version(request: Request) -> str | None:

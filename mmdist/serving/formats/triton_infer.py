@@ -12,7 +12,7 @@ from mmdist.config import SamplingParams
 from mmdist.models.base import Prompt
 from mmdist.serving.errors import ServeError
 from mmdist.serving.formats.answers import Answer
-from mmdist.serving.formats.inputs import read_prompt
+from mmdist.serving.formats.inputs import check_generates, read_prompt
 from mmdist.serving.formats.parameters import MindieParameters
 from mmdist.serving.formats.triton_tensors import InputTensor, OutputName
 from mmdist.serving.formats.vllm import VllmParameters
@@ -87,6 +87,7 @@ async def read_inputs(service: Service, tensors: dict[str, list[Any]]) -> Prompt
     if "input0" in tensors:
         if "image" in tensors:
             raise ServeError(422, "input image: its placeholders stand in a text; give text_input")
+        check_generates(service, "input0")
         return await service.prompt(token_ids=tensors["input0"])
     if len(tensors["text_input"]) != 1:
         raise ServeError(422, f"input text_input: expected one text, found {len(tensors['text_input'])}")

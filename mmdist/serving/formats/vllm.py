@@ -18,7 +18,6 @@ from mmdist.config import SamplingParams
 from mmdist.serving.errors import ServeError
 from mmdist.serving.formats import mindie
 from mmdist.serving.formats.inputs import plain_text, read_prompt, truncate
-from mmdist.serving.formats.parameters import MAX_SEED
 from mmdist.serving.messages import Body, Content, as_list
 from mmdist.serving.service import Service
 from mmdist.serving.streams import Outputs, begin, check_ended_well, collect
@@ -65,7 +64,7 @@ class VllmParameters(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    seed: Annotated[int, Field(ge=-1, le=MAX_SEED)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
@@ -83,7 +82,7 @@ class VllmParameters(Body):
         return SamplingParams(
             max_new_tokens=self.max_tokens,
             min_new_tokens=self.min_tokens,
-            seed=None if self.seed == -1 else self.seed,
+            seed=self.seed,
             stop=as_list(self.stop),
             **{name: getattr(self, name) for name in SAME_NAMES},
             **guided,
