@@ -84,6 +84,8 @@ def as_serve_error(error: Exception) -> ServeError:
 
 def validation(error: RequestValidationError) -> ServeError:
     """The first thing wrong with a body, in one line."""
+    if isinstance(error.body, bytes) and error.body:
+        return ServeError(422, "expected JSON, sent with Content-Type: application/json")
     first = error.errors()[0]
     where = ".".join(find_place(first["loc"], error.body, missing=first["type"] == "missing"))
     if first["type"] == "json_invalid":

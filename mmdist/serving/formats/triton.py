@@ -8,7 +8,6 @@ from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Request
-from fastapi.routing import APIRoute
 from starlette.responses import JSONResponse, Response
 
 from mmdist.serving import VERSION
@@ -25,7 +24,7 @@ from mmdist.serving.formats.triton_infer import (
     read_sampling,
     write_answer,
 )
-from mmdist.serving.formats.triton_tensors import TensorRoute, read_tensors, write_tensors
+from mmdist.serving.formats.triton_tensors import JsonRoute, TensorRoute, read_tensors, write_tensors
 from mmdist.serving.health import ServiceOf
 from mmdist.serving.messages import Body, Content, as_list
 from mmdist.serving.service import Service
@@ -51,7 +50,7 @@ MODELS = {
 }
 
 
-def at_model(method: str, path: str, route_class: type[APIRoute] = APIRoute) -> Callable:
+def at_model(method: str, path: str, route_class: type[JsonRoute] = JsonRoute) -> Callable:
     """A route below a model, with and without its version."""
 
     def register(function: Callable) -> Callable:

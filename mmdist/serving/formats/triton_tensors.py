@@ -63,8 +63,10 @@ class TensorRequest(Request):
         return self._body
 
 
-class TensorRoute(APIRoute):
-    """tritonclient does not say that it sends JSON."""
+class JsonRoute(APIRoute):
+    """tritonclient does not say that it sends JSON, and Triton's own examples for curl neither."""
+
+    request_class: type[Request] = Request
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -73,11 +75,15 @@ class TensorRoute(APIRoute):
             if "content-encoding" in request.headers:
                 raise ServeError(415, "compressed bodies are not read; send it without request_compression_algorithm")
             MutableHeaders(scope=request.scope)["Content-Type"] = "application/json"
-            request = TensorRequest(request.scope, request.receive)
+            request = self.request_class(request.scope, request.receive)
             await request.body()
             return await handler(request)
 
         return handle
+
+
+class TensorRoute(JsonRoute):
+    request_class = TensorRequest
 
 
 def read_tensors(inputs: list[InputTensor], binary: bytes) -> dict[str, list[Any]]:
