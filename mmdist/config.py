@@ -315,7 +315,7 @@ MAX_LOGIT_BIAS = 100  # OpenAI's, as are the penalties' limits
 LIMITS: dict[str, tuple[float, float]] = {
     "max_new_tokens": (1, inf),
     "min_new_tokens": (0, inf),
-    "temperature": (0, inf),
+    "temperature": (0, 1000),  # beyond float32, logits that are taken out would be no numbers
     "top_k": (-1, inf),
     "min_p": (0, 1),
     "repetition_penalty": (0.01, 100),  # beyond, logits leave float32

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-from conftest import CPU
-from serve_cases import SQUARE, data_url
+from conftest import CPU, Case
+from serve_cases import SQUARE, data_url, serve_config, served
 
 from mmdist.config import ModelConfig
 from mmdist.engine.load import load_engine
@@ -24,6 +26,14 @@ MARKDOWN = RAW.replace("<image>", f"![]({data_url(SQUARE)})")
 PARTS = [{"type": "image_url", "image_url": {"url": data_url(SQUARE)}}, {"type": "text", "text": QUESTION}]
 LONG = [17]  # a prompt to which the demo model answers until it is stopped
 NUM_LONG = 400
+
+
+@pytest.fixture(scope="session")
+def endless() -> Iterator[httpx.Client]:
+    """Of a server whose model, of random weights, does not come to an end by itself, and spells any word."""
+    config = serve_config(Case("llava_next_mistral"), "llava_next")
+    with served(config) as url, httpx.Client(base_url=url, timeout=60) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +62,16 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     found = {line["id"]: line for line in lines}
     assert found["raw"]["text"] == FIRST
     return found
+
+
+def wait_for_requests(client: httpx.Client, count: int) -> None:
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        lines = client.get("/metrics").text.splitlines()
+        found = [float(line.split()[-1]) for line in lines if line.startswith("mmdist:num_requests_")]
+        if sum(found) == count:
+            return
+    raise AssertionError(f"{found} requests, expected {count}")
 
 
 def sse_events(text: str, start: str) -> list[Any]:

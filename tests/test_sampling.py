@@ -56,6 +56,13 @@ def test_what_is_left_to_choose_from_is_transformers(choice: dict[str, Any]) -> 
         torch.testing.assert_close(ours, wanted[0].softmax(-1))
 
 
+def test_something_is_left_to_choose_from_however_little_is_asked_for() -> None:
+    logits = torch.where(torch.arange(64) % 3 == 0, torch.randn(64), -torch.inf)
+    for choice in ({"top_p": 5e-324}, {"typical_p": 5e-324}, {"min_p": 1.0}, {"temperature": 1000.0}):
+        params = SamplingParams(**{"temperature": 1.0, **choice})
+        assert probabilities(logits, params).sum() == pytest.approx(1), choice
+
+
 def test_penalties_are_openais_and_kept_up() -> None:
     """logit - count * frequency - (count > 0) * presence, over the answer alone, token by token as all at once."""
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import Case
+from format_cases import wait_for_requests
 from serve_cases import base64_of, data_url, serve_config, served
 from vlmo_cases import golden, inputs, plain
 
@@ -96,11 +98,24 @@ def test_urgent_requests_are_begun_first() -> None:
     assert sorted(ended, key=lambda name: ended[name]) == ["running", "urgent", "b", "a"]
 
 
-def wait_for_requests(client: httpx.Client, count: int) -> None:
-    end = time.monotonic() + 30
-    while time.monotonic() < end:
-        lines = client.get("/metrics").text.splitlines()
-        found = [float(line.split()[-1]) for line in lines if line.startswith("mmdist:num_requests_")]
-        if sum(found) == count:
-            return
-    raise AssertionError(f"{found} requests, expected {count}")
+def test_time_is_up_in_every_format() -> None:
+    """As an error while nothing has been sent, else as the stream's last event."""
+    config = serve_config(Case("llava_next_mistral"), "llava_next", request_timeout_s=0.2)
+    parameters = {"max_new_tokens": 450}
+    asked: tuple[tuple[str, dict[str, Any], str, tuple[int, str | None]], ...] = (
+        ("/generate", {"inputs": "a"}, "/generate_stream", (424, "generation")),
+        ("/infer", {"inputs": "a"}, "/infer", (424, "Generation Error")),
+        ("/v2/models/llava_next/generate", {"text_input": "a"}, "/v2/models/llava_next/generate_stream", (504, None)),
+    )
+    with served(config) as url, httpx.Client(base_url=url, timeout=60) as client:
+        for path, body, stream_path, (status, kind) in asked:
+            body["parameters"] = parameters
+            late = client.post(path, json=body)
+            assert (late.status_code, late.json().get("error_type")) == (status, kind)
+            more = {"stream": True} if path == stream_path else {}
+            *_, last = [line for line in client.post(stream_path, json={**body, **more}).iter_lines() if line]
+            assert '"error": "not finished in 0.2 s"' in last
+        vllm = {"prompt": "a", "max_tokens": 450, "ignore_eos": True}
+        assert client.post("/generate", json=vllm).json()["error_type"] == "Generation Error"
+        last = client.post("/generate", json={**vllm, "stream": True}).text.splitlines()[-1]
+        assert json.loads(last) == {"error": "not finished in 0.2 s", "error_type": "Generation Error"}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 import pytest
-from format_cases import MARKDOWN, NUM_LONG, PARTS, QUESTION, RAW, SECOND, leave_midway, sse_events
+from format_cases import MARKDOWN, NUM_LONG, PARTS, QUESTION, SECOND, leave_midway, sse_events, wait_for_requests
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import ValidationError as TgiValidationError
 from serve_cases import SQUARE, Server, base64_of, data_url
@@ -102,6 +103,12 @@ def test_texts_that_stop_and_texts_that_are_cut(server: Server, hub: InferenceCl
     assert [token.id for token in details.prefill] == [token.id for token in whole.prefill[-2:]]
 
 
+def test_a_grammar(endless: httpx.Client) -> None:
+    hub = InferenceClient(model=str(endless.base_url))
+    answer = hub.text_generation(QUESTION, grammar={"type": "regex", "value": "(green|blue) square"})
+    assert answer in ("green square", "blue square")
+
+
 def test_info(server: Server) -> None:
     with server.client() as client:
         info = client.get("/info").json()
@@ -109,8 +116,6 @@ def test_info(server: Server) -> None:
     assert info["max_input_length"] == info["max_total_tokens"] - 1 and info["max_best_of"] == 16
 
 
-def test_a_client_that_leaves_is_forgotten(server: Server) -> None:
-    parameters = {"max_new_tokens": NUM_LONG, "temperature": 50.0, "seed": 3}
-    with server.client() as client:
-        leave_midway(client, "/generate_stream", {"inputs": RAW.replace("<image>", ""), "parameters": parameters})
-    assert server.wait_for_metric("num_requests_running", 0)
+def test_a_client_that_leaves_is_forgotten(endless: httpx.Client) -> None:
+    leave_midway(endless, "/generate_stream", {"inputs": QUESTION, "parameters": {"max_new_tokens": NUM_LONG}})
+    wait_for_requests(endless, 0)

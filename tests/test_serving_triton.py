@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 import tritonclient.http as triton
-from format_cases import LONG, NUM_LONG, PARTS, QUESTION, RAW, SECOND, leave_midway, sse_events
+from format_cases import NUM_LONG, PARTS, QUESTION, RAW, SECOND, leave_midway, sse_events, wait_for_requests
 from serve_cases import SQUARE, Server, base64_of
 from tritonclient.utils import InferenceServerException
 
@@ -167,47 +167,44 @@ def test_texts_as_triton_has_them(client: httpx.Client, offline: dict[str, Any])
     assert all(event["prefill_time"] is None and event["decode_time"] > 0 for event in events[1:])
 
 
-def test_requests_are_stopped_by_their_ids(server: Server, client: httpx.Client) -> None:
+def test_requests_are_stopped_by_their_ids(endless: httpx.Client) -> None:
     """A whole answer has what there was until then; a stream ends with abort; then there is nothing to stop."""
-    body = {"text_input": QUESTION, "parameters": {"max_new_tokens": NUM_LONG, "details": True, "temperature": 50.0}}
-    tokens: dict[str, Any] = {"inputs": [{"name": "input0", "shape": [1], "datatype": "UINT32", "data": LONG}]}
-    tokens["parameters"] = {"max_new_tokens": NUM_LONG}
+    body = {"text_input": QUESTION, "parameters": {"max_new_tokens": NUM_LONG, "details": True}}
     found: dict[str, Any] = {}
 
     def ask() -> None:
-        with server.client() as other:
-            found["whole"] = other.post(f"{ROUTE}/infer", json={"id": "whole", **tokens}).json()
+        found.update(endless.post(f"{ROUTE}/generate", json={"id": "whole", **body}).json()["details"])
 
     asking = threading.Thread(target=ask)
     asking.start()
-    assert server.wait_for_metric("num_requests_running", 1)
-    assert client.post(f"{ROUTE}/stopInfer", json={"id": "whole"}).json() == {"id": "whole"}
+    wait_for_requests(endless, 1)
+    assert endless.post(f"{ROUTE}/stopInfer", json={"id": "whole"}).json() == {"id": "whole"}
     asking.join(30)
-    assert found["whole"]["outputs"][0]["shape"][1] < NUM_LONG
-    with server.client() as other, other.stream("POST", f"{ROUTE}/generate_stream", json={"id": "s", **body}) as stream:
+    assert found["finish_reason"] == "abort" and found["generated_tokens"] < NUM_LONG
+    with endless.stream("POST", f"{ROUTE}/generate_stream", json={"id": "s", **body}) as stream:
         lines = stream.iter_lines()
         next(lines)
-        assert client.post(f"{ROUTE}/versions/1/stopInfer", json={"id": "s"}).json() == {"id": "s"}
+        assert endless.post(f"{ROUTE}/versions/1/stopInfer", json={"id": "s"}).json() == {"id": "s"}
         last = json.loads([line for line in lines if line][-1].removeprefix("data:"))
     assert last["details"]["finish_reason"] == "abort" and last["details"]["generated_tokens"] < NUM_LONG
-    assert server.wait_for_metric("num_requests_running", 0)
-    gone = client.post(f"{ROUTE}/stopInfer", json={"id": "s"})
+    wait_for_requests(endless, 0)
+    gone = endless.post(f"{ROUTE}/stopInfer", json={"id": "s"})
     assert gone.status_code == 404 and "'s'" in gone.json()["error"]
 
 
-def test_a_request_has_its_own_time(client: httpx.Client) -> None:
-    """Whole: an error; streamed: the stream's last event."""
-    body = {
-        "text_input": QUESTION,
-        "parameters": {"max_new_tokens": NUM_LONG, "temperature": 50.0, "seed": 3, "timeout": 1},
-    }
-    late = client.post(f"{ROUTE}/generate", json=body)
+def test_a_request_has_its_own_time(endless: httpx.Client) -> None:
+    """Behind sixteen answers, of which four are computed at once."""
+    running = {"prompt": QUESTION, "n": 16, "max_tokens": NUM_LONG, "ignore_eos": True, "stream": True}
+    with endless.stream("POST", "/generate", json=running) as stream:
+        chunks = stream.iter_bytes()  # held: without it the stream would end
+        next(chunks)
+        wait_for_requests(endless, 16)
+        body = {"text_input": QUESTION, "parameters": {"max_new_tokens": NUM_LONG, "timeout": 1}}
+        late = endless.post(f"{ROUTE}/generate", json=body)
     assert late.status_code == 504 and late.json() == {"error": "not finished in 1 s"}
-    events = sse_events(client.post(f"{ROUTE}/generate_stream", json=body).text, "data:")
-    assert events[-1] == {"error": "not finished in 1 s"} and "text_output" in events[0]
 
 
-def test_a_client_that_leaves_is_forgotten(server: Server, client: httpx.Client) -> None:
-    parameters = {"max_new_tokens": NUM_LONG, "temperature": 50.0, "seed": 3}
-    leave_midway(client, f"{ROUTE}/generate_stream", {"text_input": QUESTION, "parameters": parameters})
-    assert server.wait_for_metric("num_requests_running", 0)
+def test_a_client_that_leaves_is_forgotten(endless: httpx.Client) -> None:
+    body = {"text_input": QUESTION, "parameters": {"max_new_tokens": NUM_LONG}}
+    leave_midway(endless, f"{ROUTE}/generate_stream", body)
+    wait_for_requests(endless, 0)

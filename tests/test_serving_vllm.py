@@ -43,7 +43,7 @@ def test_prompt_and_answer_are_one_text(client: httpx.Client, offline: dict[str,
 
 
 def test_lines_of_everything_so_far(client: httpx.Client) -> None:
-    asked = {**GREEDY, "temperature": 0.8, "seed": 5, "n": 2, "max_tokens": 4, "ignore_eos": True}
+    asked = {**GREEDY, "temperature": 0.8, "seed": 5, "n": 2, "max_tokens": 4, "ignore_eos": True, "min_p": 0.01}
     whole = client.post("/generate", json=asked).json()["text"]
     streamed = client.post("/generate", json={**asked, "stream": True})
     assert streamed.text.endswith("\n")
@@ -70,6 +70,12 @@ def test_stop_words(client: httpx.Client, offline: dict[str, Any]) -> None:
     assert text.rstrip() == f"{QUESTION}{offline['chat']['text'].removesuffix(words[-1])}".rstrip()
     (text,) = client.post("/generate", json={**asked, "include_stop_str_in_output": True}).json()["text"]
     assert text == QUESTION + offline["chat"]["text"]
+
+
+def test_structured_outputs(endless: httpx.Client) -> None:
+    asked = {**GREEDY, "structured_outputs": {"regex": "(green|blue) square"}}
+    (text,) = endless.post("/generate", json=asked).json()["text"]
+    assert text in (f"{QUESTION}green square", f"{QUESTION}blue square")
 
 
 def test_a_client_that_leaves_is_forgotten(server: Server, client: httpx.Client) -> None:

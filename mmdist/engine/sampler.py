@@ -64,7 +64,8 @@ def probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     if params.top_p < 1:
         ordered, order = logits.sort(descending=True, stable=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        logits = logits.index_fill(0, order[before >= params.top_p], -torch.inf)
+        beyond = order[1:][before[1:] >= params.top_p]  # the likeliest stays, however small top_p is
+        logits = logits.index_fill(0, beyond, -torch.inf)
     if params.typical_p < 1:
         logits = keep_typical(logits, params.typical_p)
     return logits.softmax(-1)
