@@ -227,7 +227,10 @@ def main() -> int:
         rounds.append([])
         arguments.seed += 1  # other pictures: nothing of the round before is in a cache
         for url in filter(None, (arguments.url, arguments.against)):
-            answers, duration = asyncio.run(run_load(arguments, url))
+            try:
+                answers, duration = asyncio.run(run_load(arguments, url))
+            except httpx.HTTPError as error:
+                parser.error(f"{url}: no OpenAI server answers there ({error}); start one with task=serve")
             rounds[-1].append(summarise(answers, duration, goodput))
             show(rounds[-1][-1], f"round {number + 1}, {url}")
     ratios = compare([(ours, theirs) for ours, theirs in rounds]) if arguments.against else {}
