@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from mmdist.config import SamplingParams, UserError
 from mmdist.engine.encoder import EncoderEngine
+from mmdist.engine.engine import Engine
 from mmdist.engine.loop import EngineLoop
 from mmdist.engine.request import LEAST_URGENT, Output, Request, failed
 from mmdist.models.base import Processor, Prompt
@@ -34,7 +35,7 @@ class Call:
     ids: list[str]
     arrived: float = field(default_factory=time.monotonic)
     outputs: asyncio.Queue[tuple[int, Output]] = field(default_factory=asyncio.Queue)
-    open: set[int] = field(default_factory=set)  # answers that have not ended
+    ended: set[int] = field(default_factory=set)  # answers whose last output is there
 
 
 class Service:
@@ -95,7 +96,14 @@ class Service:
             return self._token_prompt(token_ids)
         self.check_videos(len(videos))
         media: dict[str, Any] = {"images": list(images)} | ({"videos": list(videos)} if videos else {})
-        return await self._aside(partial(self._prompts.prompt, messages=messages, text=text, **media))
+        build = partial(self._prompts.prompt, messages=messages, text=text, **media)
+        return await self._aside(lambda: self._hashed(build()))
+
+    def _hashed(self, prompt: Prompt) -> Prompt:
+        """With its pictures' hashes, which the engine's thread then need not compute."""
+        if isinstance(self.engine_loop.engine, Engine):
+            self.engine_loop.engine.pictures.hash(prompt)
+        return prompt
 
     async def _aside(self, work: Callable[[], T]) -> T:
         """In the prompt thread; ServeError 422."""
@@ -165,8 +173,7 @@ class Service:
                 if (value := step.result()) is None:
                     break
                 last = value
-            call.open.clear()
-            self.metrics.take(call, replace(failed(call.ids[0], [], ""), finish_reason="stop"))
+            self._post(call, 0, replace(failed(call.ids[0], [], ""), finish_reason="stop"))
             assert last is not None, "work has a value"
             return last
         finally:
@@ -177,7 +184,6 @@ class Service:
     def _open(self, name: str, n: int) -> Call:
         self.check_room(n)
         call = Call(name, [f"{next(self._numbers)}" for _ in range(n)])
-        call.open = set(range(n))
         self._calls.update({id: (call, index) for index, id in enumerate(call.ids)})
         return call
 
@@ -202,13 +208,10 @@ class Service:
             self.engine_loop.submit(replace(request, id=call.ids[index], params=params))
 
     async def _outputs(self, call: Call) -> AsyncIterator[tuple[int, Output]]:
-        begun = False
-        while call.open:
+        begun, num_open = False, len(call.ids)
+        while num_open:
             index, output = await call.outputs.get()
-            if index not in call.open:  # computed while it was ended
-                continue
-            if output.finish_reason is not None:
-                call.open.discard(index)
+            num_open -= output.finish_reason is not None
             if not begun and output.finish_reason in ("error", "timeout"):
                 raise self._refusal(output)
             begun = True
@@ -227,9 +230,15 @@ class Service:
         return bool(calls)
 
     def _end(self, call: Call, reason: str, error: str) -> None:
-        for index in call.open:
+        for index in set(range(len(call.ids))) - call.ended:
             self.engine_loop.abort(call.ids[index])
-            output = replace(failed(call.ids[index], [], error), finish_reason=reason)
+            self._post(call, index, replace(failed(call.ids[index], [], error), finish_reason=reason))
+
+    def _post(self, call: Call, index: int, output: Output) -> None:
+        """To whoever reads the call's outputs; what was computed while the answer was ended is dropped."""
+        if index not in call.ended:
+            if output.finish_reason is not None:
+                call.ended.add(index)
             self.metrics.take(call, output)
             call.outputs.put_nowait((index, output))
 
@@ -242,9 +251,7 @@ class Service:
         for output in outputs:
             found = self._calls.get(output.id)
             if found is not None:
-                call, index = found
-                self.metrics.take(call, output)
-                call.outputs.put_nowait((index, output))
+                self._post(*found, output)
 
     def fail(self, problem: str) -> None:
         """From any thread: the ranks are lost; every open request ends with this error, new ones are refused."""
