@@ -203,7 +203,7 @@ class Service:
     def _submit(self, call: Call, request: Request, indices: Iterable[int]) -> None:
         """The request with the engine's ids, each with a seed of its own."""
         for index in indices:
-            seed = None if request.params.seed is None else request.params.seed + index
+            seed = None if request.params.seed is None else (request.params.seed + index) % 2**64  # torch's range
             params = replace(request.params, seed=seed)
             self.engine_loop.submit(replace(request, id=call.ids[index], params=params))
 
