@@ -1,5 +1,5 @@
 """The engine's decoding on an emulated 910B, operation by operation and by captured graphs, as a line of JSON a rank;
-run by test_decode_graphs.py: decode.py FAMILY CHECKPOINT FOLDER [quant], or decode.py break CHECKPOINT.
+run by test_replayed_decode.py: decode.py FAMILY CHECKPOINT FOLDER [quant], or decode.py break CHECKPOINT.
 """
 
 from __future__ import annotations
