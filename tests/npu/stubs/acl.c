@@ -3,7 +3,7 @@
 //
 // EMULATED_SOC       Ascend310P3 (two devices, the chips of one 300I DUO) or Ascend910B3 (eight, an 800I A2)
 // EMULATED_DEVICES   another number of devices: 4 is two 300I DUO cards
-// EMULATED_FAULT     as 1:/tmp/now: operators of device 1 fail once there is such a file; synchronising its stream says so
+// EMULATED_FAULT     as 1:FILE: operators of device 1 fail once there is such a file; synchronising its stream says so
 // ASCEND_RT_VISIBLE_DEVICES is honoured as CANN does: ranks see the devices it names, counted from 0.
 #define _GNU_SOURCE
 #include <acl/acl_rt.h>
