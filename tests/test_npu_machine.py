@@ -42,7 +42,7 @@ def install(folder: Path, monkeypatch: Any, version: str) -> None:
 def error_of(monkeypatch: Any, capsys: Any, *arguments: str) -> str:
     monkeypatch.setattr(sys, "argv", ["launch.py", *arguments])
     assert cli.main() == 2
-    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("INFO ")]
     assert len(lines) == 1
     return lines[0]
 
