@@ -7,6 +7,7 @@ single-device branch. `TP(3, 8)` without collectives can plan for rank 3 of 8 bu
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 from dataclasses import dataclass
 from datetime import timedelta
@@ -84,7 +85,9 @@ def init_tp(collectives: str, kernels: str, *, rank: int, size: int, local_size:
         return TP()
     shared = collectives in ("auto", "shm")
     backend = "gloo" if shared else collectives
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    limit = timedelta(seconds=timeout_s)
+    store = open_store(rank, size, limit)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     if shared:
         native = load_library("auto" if kernels == "plain" else kernels)
         try:
@@ -95,3 +98,11 @@ def init_tp(collectives: str, kernels: str, *, rank: int, size: int, local_size:
             if rank == 0:
                 log.warning("no shared memory between the ranks (%s); gloo is used instead", reason)
     return TP(rank, size, DistributedCollectives(rank, size, dist.group.WORLD))
+
+
+def open_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """Where the ranks meet first. Those that are started again meet under another name: a launcher's store outlives
+    them, with the addresses of the dead."""
+    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+    store.set_timeout(timeout)
+    return dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
