@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +171,22 @@ def summarise(answers: list[Answer], duration: float, goodput: dict[str, float])
         "output_lens": [a.output_tokens for a in answers],
         "ttfts": [a.ttft for a in answers],
         "itls": [a.itl for a in answers],
+        "latencies": [a.latency for a in answers],
         "start_times": [a.start for a in answers],
         "generated_texts": [a.text for a in answers],
         "errors": [a.error for a in answers],
+    }
+
+
+def describe_run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was asked, by vLLM's names; a Poisson process has burstiness 1."""
+    return {
+        "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
+        "backend": "openai-chat",
+        "num_prompts": arguments.requests,
+        "request_rate": "inf" if arguments.rate is None else arguments.rate,
+        "burstiness": 1.0,
+        "max_concurrency": arguments.concurrency,
     }
 
 
@@ -231,7 +245,7 @@ def main() -> int:
                 answers, duration = asyncio.run(run_load(arguments, url))
             except httpx.HTTPError as error:
                 parser.error(f"{url}: no OpenAI server answers there ({error}); start one with task=serve")
-            rounds[-1].append(summarise(answers, duration, goodput))
+            rounds[-1].append(describe_run(arguments) | summarise(answers, duration, goodput))
             show(rounds[-1][-1], f"round {number + 1}, {url}")
     ratios = compare([(ours, theirs) for ours, theirs in rounds]) if arguments.against else {}
     for name, ratio in ratios.items():
