@@ -113,6 +113,18 @@ def check_ended_well(output: Output) -> None:
         raise ServeError(500, output.error or "")
 
 
+async def until_error(outputs: Outputs) -> AsyncGenerator[tuple[int, Output | ServeError], None]:
+    """As they come; where one of them has failed or been timed out its error is the last."""
+    async with aclosing(outputs):
+        async for index, output in outputs:
+            try:
+                check_ended_well(output)
+            except ServeError as error:
+                yield index, error
+                return
+            yield index, output
+
+
 def sse(events: AsyncIterator[str]) -> StreamingResponse:
     """Server-sent events; each of `events` is one event's whole text, with its "data:" and blank line."""
     return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

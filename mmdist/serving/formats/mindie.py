@@ -25,7 +25,7 @@ from mmdist.serving.formats.parameters import MindieParameters
 from mmdist.serving.health import ServiceOf
 from mmdist.serving.messages import Body, Content
 from mmdist.serving.service import Service
-from mmdist.serving.streams import Outputs, begin, check_ended_well, sse
+from mmdist.serving.streams import Outputs, begin, sse, until_error
 
 router = APIRouter(tags=["MindIE"])
 TokenIds = Annotated[list[int], Field(min_length=1)]
@@ -118,12 +118,10 @@ def result(wanted: MindieParameters, answer: Answer) -> dict[str, Any]:
 
 async def events(wanted: MindieParameters, answer: Answer, outputs: Outputs) -> AsyncIterator[str]:
     """prefill_time with the first token, decode_time with the others, in ms; the whole text with the last."""
-    async with aclosing(outputs):
-        async for _, output in outputs:
-            try:
-                check_ended_well(output)
-            except ServeError as error:
-                yield event(error_body(error))
+    async with aclosing(until_error(outputs)) as found:
+        async for _, output in found:
+            if isinstance(output, ServeError):
+                yield event(error_body(output))
                 return
             answer.push(output)
             yield event(step(wanted, answer, output))

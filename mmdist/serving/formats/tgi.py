@@ -24,7 +24,7 @@ from mmdist.serving.formats.inputs import check_generates, plain_text, read_mark
 from mmdist.serving.formats.tgi_body import MAX_STOP, CompatRequest, TgiRequest
 from mmdist.serving.health import ServiceOf
 from mmdist.serving.service import Service
-from mmdist.serving.streams import Outputs, begin, check_ended_well, sse
+from mmdist.serving.streams import Outputs, begin, sse, until_error
 
 router = APIRouter(tags=["TGI"])
 
@@ -192,12 +192,10 @@ def top_tokens(service: Service, entry: dict[str, Any] | None) -> list[dict[str,
 
 
 async def events(body: TgiRequest, service: Service, answer: Answer, outputs: Outputs) -> AsyncIterator[str]:
-    async with aclosing(outputs):
-        async for _, output in outputs:
-            try:
-                check_ended_well(output)
-            except ServeError as error:
-                yield event(error_body(error))
+    async with aclosing(until_error(outputs)) as found:
+        async for _, output in found:
+            if isinstance(output, ServeError):
+                yield event(error_body(output))
                 return
             answer.push(output)
             yield event(step(body, service, answer, output))

@@ -28,7 +28,7 @@ from mmdist.serving.formats.triton_tensors import JsonRoute, TensorRoute, read_t
 from mmdist.serving.health import ServiceOf
 from mmdist.serving.messages import Body, Content, as_list
 from mmdist.serving.service import Service
-from mmdist.serving.streams import Outputs, begin, check_ended_well, sse
+from mmdist.serving.streams import Outputs, begin, sse, until_error
 
 VERSIONS = ["1"]  # of the one model
 router = APIRouter(tags=["Triton"])
@@ -235,12 +235,10 @@ def details(body: GenerateRequest, answer: Answer) -> dict[str, Any]:
 
 
 async def events(body: GenerateRequest, reply: dict[str, Any], answer: Answer, outputs: Outputs) -> AsyncIterator[str]:
-    async with aclosing(outputs):
-        async for _, output in outputs:
-            try:
-                check_ended_well(output)
-            except ServeError as error:
-                yield event({"error": error.message})
+    async with aclosing(until_error(outputs)) as found:
+        async for _, output in found:
+            if isinstance(output, ServeError):
+                yield event({"error": output.message})
                 return
             text = output.delta if answer.token_ids else prefix(body) + output.delta
             answer.push(output)

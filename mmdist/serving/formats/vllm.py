@@ -20,7 +20,7 @@ from mmdist.serving.formats import mindie
 from mmdist.serving.formats.inputs import plain_text, read_prompt, truncate
 from mmdist.serving.messages import Body, Content, as_list
 from mmdist.serving.service import Service
-from mmdist.serving.streams import Outputs, begin, check_ended_well, collect
+from mmdist.serving.streams import Outputs, begin, collect, until_error
 
 render_error = mindie.render_error
 SAME_NAMES = (
@@ -127,33 +127,23 @@ async def generate(request: Request, body: VllmRequest, service: Service) -> Res
 async def lines(body: VllmRequest, text: str, outputs: Outputs) -> AsyncIterator[str]:
     """Prompt and answers so far, a line at a time."""
     texts = [text] * body.n
-    async for index, delta in pieces(outputs):
-        if isinstance(delta, ServeError):
-            yield f"{write(mindie.error_body(delta))}\n"
-            return
-        texts[index] += delta
-        yield f"{write({'text': texts})}\n"
+    async with aclosing(until_error(outputs)) as found:
+        async for index, output in found:
+            if isinstance(output, ServeError):
+                yield f"{write(mindie.error_body(output))}\n"
+                return
+            texts[index] += output.delta
+            yield f"{write({'text': texts})}\n"
 
 
 async def deltas(body: VllmRequest, outputs: Outputs) -> AsyncIterator[str]:
     """What is new, each with a NUL behind it: MindIE's way."""
-    async for index, delta in pieces(outputs):
-        if isinstance(delta, ServeError):
-            yield f"{write(mindie.error_body(delta))}\0"
-            return
-        yield f"{write({'text': ['' if other != index else delta for other in range(body.n)]})}\0"
-
-
-async def pieces(outputs: Outputs) -> AsyncIterator[tuple[int, str | ServeError]]:
-    """(which answer, its new text), or the error that ends all of them."""
-    async with aclosing(outputs):
-        async for index, output in outputs:
-            try:
-                check_ended_well(output)
-            except ServeError as error:
-                yield index, error
+    async with aclosing(until_error(outputs)) as found:
+        async for index, output in found:
+            if isinstance(output, ServeError):
+                yield f"{write(mindie.error_body(output))}\0"
                 return
-            yield index, output.delta
+            yield f"{write({'text': [output.delta if other == index else '' for other in range(body.n)]})}\0"
 
 
 def write(found: dict[str, Any]) -> str:
