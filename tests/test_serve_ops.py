@@ -209,6 +209,7 @@ def test_a_killed_rank_is_told_to_the_clients_and_started_again(tmp_path: Path) 
         running.wait_until_answering()
         killed = time.monotonic()
         os.kill(find_rank(server, 1), signal.SIGKILL)
+        assert is_unhealthy_within(server, 2)
         running.join(30)
         assert running.ended - killed < 10
         assert "rank 1 has died" in " ".join(running.lines), running.lines[-3:]
@@ -218,6 +219,18 @@ def test_a_killed_rank_is_told_to_the_clients_and_started_again(tmp_path: Path) 
         os.kill(find_rank(server, 1), signal.SIGKILL)
         assert server.process.wait(30) == 1
         assert "rank 1 was killed by SIGKILL" in server.log.read_text()
+
+
+def is_unhealthy_within(server: Server, seconds: float) -> bool:
+    """GET /health says no, or there is nobody left to ask."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if httpx.get(f"{server.url}/health", timeout=end - time.monotonic() + 0.1).status_code != 200:
+                return True
+        except httpx.HTTPError:
+            return True
+    return False
 
 
 def find_rank(server: Server, rank: int) -> int:
